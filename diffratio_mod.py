@@ -1,0 +1,489 @@
+"""DiffRatio-MoD: a Diffusion Transformer that learns how many tokens each layer skips at each noise level.
+
+This file is the whole method of "Layer- and Timestep-Adaptive Differentiable Token Compression Ratios for
+Efficient Diffusion Transformers" (arXiv 2412.16822), top to bottom: the configuration, one DiT layer, the router
+and the routed layer, the table of compression ratios, the model, the diffusion loss, the sampler. It is a library;
+the commands are in the companions:
+
+    python train_cifar.py --dataset shapes --init assets/shapes_dense.pt   # learn the ratios, minutes on two CPU cores
+    python sample.py --prompt "a red circle above a blue square"           # sample, with tokens really skipped
+
+The method in one paragraph. Each layer has a router that scores every image token. The k tokens with the highest
+scores go through the layer, the others leave it as they came. k follows from the layer's compression *ratio*, the
+share of tokens that bypass it (0 = dense). Every layer has one learnable ratio for each region of noise levels; all
+start at zero. Two forces shape them: the squared distance of their mean from a target raises them, the diffusion
+loss lowers them where skipping hurts. What survives is a table that skips where it costs least.
+
+Letters used in shape comments, here and nowhere redefined:
+    B images   N image tokens   D width   H heads   L layers   R timestep regions   C columns of the ratio table
+    W words of a caption   S image side in pixels   p patch side in pixels
+    k tokens that a layer processes   e tokens just beyond the k-th, seen in training only
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration and captions
+# ---------------------------------------------------------------------------------------------------------------------
+
+MODES = ("dense", "uniform", "layer", "layer-timestep")
+
+
+class InputError(ValueError):
+    """Something that the user gave is wrong. The message is one line: what is wrong, and what to do."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that is needed to rebuild a model, and nothing else. Raises InputError where a value is absurd."""
+
+    vocabulary: tuple[str, ...]  # every word that a caption may use; word i has the id i + 1, and 0 is "no word"
+    image_size: int = 32  # S, pixels
+    patch_size: int = 4  # p, pixels; must divide image_size
+    dim: int = 128  # D
+    depth: int = 6  # L
+    heads: int = 4  # H; must divide dim
+    caption_length: int = 8  # W; shorter captions are padded with "no word"
+    mode: str = "layer-timestep"  # one of MODES: how the ratio table looks, see DiT.__init__
+    regions: int = 10  # R, regions of equal width into which the noise levels are cut
+
+    def __post_init__(self) -> None:
+        for name, most in _LARGEST.items():
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= most:
+                raise InputError(f"{name} must be a whole number from 1 to {most}, not {str(value)[:40]!r}")
+        if self.image_size % self.patch_size:
+            raise InputError(f"patch size {self.patch_size} does not divide the image size {self.image_size}")
+        if self.dim % self.heads or self.dim % 4:
+            raise InputError(f"dim {self.dim} must be a multiple of 4 and of the number of heads, {self.heads}")
+        if self.tokens > 16384:
+            raise InputError(f"{self.tokens} tokens an image are too many; take a larger patch or a smaller image")
+        if self.mode not in MODES:
+            raise InputError(f"mode {str(self.mode)[:40]!r} is not one of {', '.join(MODES)}")
+        words = self.vocabulary
+        if not isinstance(words, tuple) or not 1 <= len(words) <= 50_000:
+            raise InputError("the vocabulary must be a list of 1 to 50000 words")
+        if not all(isinstance(word, str) for word in words) or len(set(words)) != len(words):
+            raise InputError("the vocabulary must hold words, each of them once")
+
+    @property
+    def tokens(self) -> int:
+        """N, the number of image tokens."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @classmethod
+    def from_dict(cls, values: dict) -> Config:
+        """Rebuild a Config from `dataclasses.asdict`. Raises InputError for missing, unknown or absurd entries."""
+        names = {field.name for field in fields(cls)}
+        if not isinstance(values, dict) or set(values) != names or not isinstance(values["vocabulary"], (list, tuple)):
+            raise InputError(f"the config must have exactly the entries {', '.join(sorted(names))}")
+        return cls(**{**values, "vocabulary": tuple(values["vocabulary"])})
+
+    def encode(self, captions: Sequence[str]) -> Tensor:
+        """Captions to word ids, (B, W). The empty caption is all zeros: the null caption of classifier-free guidance.
+
+        Raises InputError for a word that is not in the vocabulary and for a caption of more than W words.
+        """
+        ids = {word: i + 1 for i, word in enumerate(self.vocabulary)}
+        rows = []
+        for caption in captions:
+            words = caption.lower().split()
+            for word in words:
+                if word not in ids:
+                    raise InputError(f"unknown word {word!r} in {caption!r}; known: {' '.join(self.vocabulary)}")
+            if len(words) > self.caption_length:
+                raise InputError(f"caption {caption!r} has {len(words)} words; at most {self.caption_length} fit")
+            rows.append([ids[word] for word in words] + [0] * (self.caption_length - len(words)))
+        return torch.tensor(rows, dtype=torch.long).reshape(len(rows), self.caption_length)
+
+
+# Far above what one GPU trains; they only keep a damaged or hostile file from asking for all memory.
+_LARGEST = {
+    "image_size": 1024,
+    "patch_size": 64,
+    "dim": 2048,
+    "depth": 64,
+    "heads": 64,
+    "caption_length": 256,
+    "regions": 1000,
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One DiT layer, in the manner of PixArt
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Layer(nn.Module):
+    """Self-attention, cross-attention to the caption, MLP. Returns what it *adds* to the tokens, not the sum.
+
+    Why not the sum: routing multiplies what a token gains by a gate. `x + gate * update` with a gate of exactly 1 is
+    the dense layer `x + update` to the last bit; `x + gate * (layer(x) - x)` would differ by rounding.
+    """
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.attention_out = nn.Linear(dim, dim)
+        self.caption_q = nn.Linear(dim, dim)
+        self.caption_kv = nn.Linear(dim, 2 * dim)
+        self.caption_out = nn.Linear(dim, dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(approximate="tanh"), nn.Linear(4 * dim, dim))
+        # adaLN-single (PixArt): the timestep's six modulations come from one projection that all layers share; a
+        # layer owns only this offset. Zero gates: a new layer adds nothing, and training starts from the identity.
+        self.modulation = nn.Parameter(torch.zeros(6, dim))
+        nn.init.zeros_(self.caption_out.weight)
+        nn.init.zeros_(self.caption_out.bias)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Multi-head attention: q (B, n, D) looks at k and v (B, m, D); returns (B, n, D)."""
+        q, k, v = (z.unflatten(2, (self.heads, -1)).transpose(1, 2) for z in (q, k, v))  # (B, H, n or m, D/H)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    def forward(self, x: Tensor, condition: Tensor, caption: Tensor, keys: int) -> Tensor:
+        """x (B, n, D), condition (B, 6, D), caption (B, W, D); returns the update (B, n, D).
+
+        All n tokens look, but only the first `keys` of them are looked at (see RoutedLayer).
+        """
+        shift1, scale1, gate1, shift2, scale2, gate2 = (condition + self.modulation).unsqueeze(2).unbind(1)  # (B, 1, D)
+
+        q, k, v = self.qkv(_modulate(x, shift1, scale1)).chunk(3, dim=-1)  # (B, n, D) each
+        update = gate1 * self.attention_out(self.attend(q, k[:, :keys], v[:, :keys]))
+
+        k, v = self.caption_kv(caption).chunk(2, dim=-1)  # (B, W, D) each
+        update = update + self.caption_out(self.attend(self.caption_q(_normalise(x + update)), k, v))
+
+        return update + gate2 * self.mlp(_modulate(x + update, shift2, scale2))
+
+
+def _normalise(x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return torch.addcmul(shift, _normalise(x), 1 + scale)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Token routing (paper 3.2) with a differentiable ratio (paper 3.3), in one pass
+# ---------------------------------------------------------------------------------------------------------------------
+
+BOUNDARY = 0.05  # share of all tokens that are looked at beyond the k-th, in training, to see what skipping them costs
+
+
+def ratio_gate(ratio: Tensor, tokens: int, beyond: int) -> Tensor:
+    """The straight-through gate of the tokens just beyond the k-th: the number 0 with a slope in `ratio`.
+
+    What does the loss gain if the layer skips a little less? One more token would be processed: its gate would go
+    from 0 to 1. To first order that changes the loss by the derivative of the loss at gate 0, so the gate of the
+    tokens just beyond the boundary gets the value 0 and, backwards, a slope. N tokens pass the boundary as the ratio
+    goes from 1 to 0, hence -N, shared among the e tokens that stand for the next one: -N / e.
+
+    The factor 1/2: the derivative at gate 0 is not yet the finite difference between gate 0 and gate 1. The trapezoid
+    rule takes the mean of the derivatives at both ends, and the one at gate 1, of a token that is processed, is near
+    zero: training has already made the loss flat there. That is also why a slope taken from the k processed tokens
+    says nothing about skipping them.
+
+    Args: ratio, a scalar tensor; tokens, N; beyond, e >= 1. Returns a scalar tensor that equals 0.
+    """
+    return (ratio.detach() - ratio) * (tokens / (2 * beyond))
+
+
+class RoutedLayer(nn.Module):
+    """A layer with its router: the k tokens with the highest scores gain `gate * update`, all others stay (paper 3.2).
+
+    The score is a sigmoid of one linear layer. The gate is twice the score: the router starts at zero, so every gate
+    starts at exactly 1 and the routed network starts as the dense one. (The paper multiplies by the score itself,
+    which is near 1/2 at the start and so changes a pretrained network before its first step.) The gate is the only
+    way in which the router gets a gradient, as in Mixture-of-Depths.
+    """
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.layer = Layer(dim, heads)
+        self.router = nn.Linear(dim, 1)
+        nn.init.zeros_(self.router.weight)
+        nn.init.zeros_(self.router.bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        condition: Tensor,
+        caption: Tensor,
+        k: int | None,
+        ratio: Tensor | None = None,
+        routing: list | None = None,
+    ) -> Tensor:
+        """x (B, N, D), condition (B, 6, D), caption (B, W, D); returns (B, N, D).
+
+        k: how many tokens are processed, 1 to N, the same for the whole batch, so that the shapes are known before
+        anything is computed and nothing waits for the device. None: no router at all, the dense layer.
+        ratio: given in training only, a scalar tensor that is to get a gradient (see ratio_gate). It does not change
+        the result.
+        routing: a list to which the scores (B, N) and the processed tokens' indices (B, k) are appended.
+        """
+        B, N, D = x.shape
+        if k is None:
+            return x + self.layer(x, condition, caption, keys=N)
+        score = torch.sigmoid(self.router(x))  # (B, N, 1)
+        if k == N:  # nothing to choose; every token is processed, in its place
+            if routing is not None:
+                routing.append((score.squeeze(2), torch.arange(N, device=x.device).expand(B, N)))
+            return x + 2 * score * self.layer(x, condition, caption, keys=N)
+
+        # In training the layer also takes e tokens beyond the k-th. They look but are not looked at, so the k come
+        # out exactly as in sampling; and their gate is 0, so they leave as they came.
+        e = min(N - k, math.ceil(BOUNDARY * N)) if ratio is not None else 0
+        order = score.squeeze(2).argsort(dim=1, descending=True, stable=True)  # stable: ties do not depend on e
+        rows = (order[:, : k + e] + N * torch.arange(B, device=x.device).unsqueeze(1)).flatten()  # rows of (B * N, D)
+        if routing is not None:
+            routing.append((score.squeeze(2), order[:, :k]))
+
+        taken = x.flatten(0, 1).index_select(0, rows).view(B, k + e, D)
+        gate = 2 * score.flatten(0, 1).index_select(0, rows).view(B, k + e, 1)
+        if e:
+            gate = torch.cat([gate[:, :k], gate[:, k:] * ratio_gate(ratio, N, e)], dim=1)
+        gain = gate * self.layer(taken, condition, caption, keys=k)  # (B, k + e, D)
+        return x.flatten(0, 1).index_add(0, rows, gain.flatten(0, 1).to(x.dtype)).view(B, N, D)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The table of ratios (paper 3.3 and 3.4)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def column_of(t: float, columns: int) -> int:
+    """The column of a ratio table for the noise level t in (0, 1]: column c covers (c / C, (c + 1) / C], 0 is clean."""
+    return min(columns - 1, max(0, math.ceil(t * columns - 1e-6) - 1))
+
+
+def tokens_processed(ratios: Tensor, tokens: int) -> list[list[int]]:
+    """How many tokens each layer processes, as Python integers: ratios (L, C) in [0, 1) to k[c][l], each 1 to N.
+
+    One transfer from the device, before the first layer runs.
+    """
+    return [[max(1, round(tokens * (1 - ratio))) for ratio in column] for column in ratios.detach().T.tolist()]
+
+
+def ratio_loss(ratios: Tensor, target: float) -> Tensor:
+    """The pull on the ratios (paper 3.3): squared distance of their mean from the target.
+
+    The paper's mean goes over the layers and the batch. Noise levels are drawn evenly here, so that every region has
+    the same share of the batch, and the mean over the batch is the mean over the table (L, C).
+    """
+    return (ratios.mean() - target) ** 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class DiT(nn.Module):
+    """A small text-conditional Diffusion Transformer that predicts noise, with a router in every layer."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        c = self.config = config
+        self.embed_patch = nn.Linear(7 * c.patch_size**2, c.dim)  # 3 noisy, 3 known, 1 mask channel
+        self.register_buffer("positions", _positions(c.image_size // c.patch_size, c.dim), persistent=False)
+        self.embed_time = nn.Sequential(nn.Linear(c.dim, c.dim), nn.SiLU(), nn.Linear(c.dim, c.dim))
+
+        # A caption's words see each other in two small transformer layers, which stand where PixArt has T5: "red" and
+        # "circle" must become "a circle that is red" somewhere.
+        self.embed_word = nn.Embedding(len(c.vocabulary) + 1, c.dim)
+        self.word_positions = nn.Parameter(0.02 * torch.randn(c.caption_length, c.dim))
+        self.caption_encoder = nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(c.dim, c.heads, 2 * c.dim, 0.0, F.gelu, batch_first=True, norm_first=True),
+            num_layers=2,
+            enable_nested_tensor=False,
+        )
+
+        self.condition = nn.Linear(c.dim, 6 * c.dim)  # adaLN-single, shared by all layers
+        self.layers = nn.ModuleList(RoutedLayer(c.dim, c.heads) for _ in range(c.depth))
+        self.condition_out = nn.Linear(c.dim, 2 * c.dim)
+        self.out = nn.Linear(c.dim, 3 * c.patch_size**2)
+        for module in (self.condition, self.condition_out, self.out):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+
+        # The ratios. The four modes, the paper's ablation, differ only here:
+        #   dense           stays zero, and no router runs
+        #   uniform         one fixed ratio everywhere (plain Mixture-of-Depths); the trainer fills it in
+        #   layer           one learned ratio a layer, the same at all noise levels (paper 3.3)
+        #   layer-timestep  one learned ratio a layer and region (paper 3.4), column 0 the least noisy: the full method
+        columns = c.regions if c.mode == "layer-timestep" else 1
+        self.ratios = nn.Parameter(torch.zeros(c.depth, columns), requires_grad=c.mode.startswith("layer"))
+
+    @torch.no_grad()
+    def clamp_ratios(self) -> None:
+        """Bring the ratios back into [0, 1 - 1/N], so that at least one token is processed. Call it after every step.
+
+        A clamp inside the forward pass would give a ratio beyond the bound no gradient, and it would never return.
+        """
+        self.ratios.clamp_(0, 1 - 1 / self.config.tokens)
+
+    def encode_caption(self, words: Tensor) -> Tensor:
+        """Word ids (B, W) to caption tokens (B, W, D). The same for every denoising step, so computed once."""
+        return self.caption_encoder(self.embed_word(words) + self.word_positions)
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        caption: Tensor,
+        known: Tensor,
+        mask: Tensor,
+        k: Sequence[int] | None = None,
+        ratios: Tensor | None = None,
+        routing: list | None = None,
+    ) -> Tensor:
+        """Predict the noise in x: returns (B, 3, S, S).
+
+        Args:
+            x: noisy images (B, 3, S, S). t: noise levels (B,), from 0 (clean) to 1 (noise).
+            caption: (B, W, D), from encode_caption.
+            known, mask: pixels that are given (B, 3, S, S), and where to generate (B, 1, S, S), 1 = generate. Pixels
+                under the mask are hidden from the model; a mask of all ones is plain generation.
+            k: tokens processed in each layer, L integers; None: dense, no routers.
+            ratios: (L,), in training only: the column of the table that k came from, which is to get a gradient.
+            routing: a list that receives the scores and the processed tokens of every layer (see RoutedLayer).
+        """
+        p, side = self.config.patch_size, self.config.image_size // self.config.patch_size
+        pixels = torch.cat([x, known * (1 - mask), mask.expand_as(x[:, :1])], dim=1)  # (B, 7, S, S)
+        h = self.embed_patch(F.pixel_unshuffle(pixels, p).flatten(2).transpose(1, 2)) + self.positions  # (B, N, D)
+
+        # PixArt's timestep conditioning, plus the mean of the caption's tokens (as in Stable Diffusion 3).
+        condition = F.silu(self.embed_time(_waves(1000 * t, self.config.dim, 10_000)) + caption.mean(dim=1))  # (B, D)
+        modulation = self.condition(condition).unflatten(1, (6, -1))  # (B, 6, D)
+        for i, layer in enumerate(self.layers):
+            k_i = None if k is None else k[i]
+            h = layer(h, modulation, caption, k_i, None if ratios is None else ratios[i], routing)  # (B, N, D)
+
+        shift, scale = self.condition_out(condition).unsqueeze(1).chunk(2, dim=2)  # (B, 1, D) each
+        patches = self.out(_modulate(h, shift, scale))  # (B, N, 3 * p * p)
+        return F.pixel_shuffle(patches.transpose(1, 2).unflatten(2, (side, side)), p)
+
+
+def _waves(position: Tensor, dim: int, longest: float) -> Tensor:
+    """Sine-cosine features: (n,) to (n, dim), wavelengths from 2 pi to longest * 2 pi."""
+    frequency = torch.exp(-math.log(longest) * torch.arange(dim // 2, device=position.device) / (dim // 2))
+    angle = position.float().unsqueeze(1) * frequency
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+def _positions(side: int, dim: int) -> Tensor:
+    """Fixed 2-D sine-cosine positions (N, D): half of the width tells the row, half the column."""
+    row = _waves(torch.arange(side), dim // 2, 100)  # (side, D/2)
+    return torch.cat([row.repeat_interleave(side, dim=0), row.repeat(side, 1)], dim=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Diffusion: noise schedule, loss, sampler
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def schedule(t: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine noise schedule: x_t = signal * x_0 + noise * eps. t in [0, 1]; t = 1 leaves 2 % of the signal."""
+    angle = t * math.acos(0.02)
+    return angle.cos(), angle.sin()
+
+
+def even_noise_levels(count: int, generator: torch.Generator) -> Tensor:
+    """Random noise levels (count,) in (0, 1), ascending, one in each of `count` equal strata."""
+    return (torch.arange(count) + torch.rand(count, generator=generator).clamp(1e-4, 1 - 1e-4)) / count
+
+
+def diffusion_loss(
+    model: DiT, images: Tensor, words: Tensor, mask: Tensor, t: Tensor, eps: Tensor, route: bool = True
+) -> Tensor:
+    """Mean squared error of the predicted noise, one number an image: (B,), in ascending order of t.
+
+    images (B, 3, S, S) in [-1, 1]; words (B, W) from Config.encode; mask (B, 1, S, S), 1 = generate; t (B,) on the
+    CPU, ascending, in (0, 1]; eps (B, 3, S, S), the noise. route=False runs the model densely, without its routers.
+
+    k must be one number for all images that run together, but a batch should hold all noise levels: a step on a
+    single region pulls the weights to and fro. So the batch is cut into its regions, which run one after another;
+    their gradients add up.
+    """
+    route = route and model.config.mode != "dense"
+    columns = model.ratios.shape[1] if route else 1
+    k = tokens_processed(model.ratios, model.config.tokens) if route else None
+    learning = route and model.ratios.requires_grad and torch.is_grad_enabled()
+    region = [column_of(level, columns) for level in t.tolist()]
+    t = t.to(images.device)
+    losses = []
+    for c in sorted(set(region)):
+        rows = slice(region.index(c), region.index(c) + region.count(c))
+        x0, noise, level = images[rows], eps[rows], t[rows]
+        a, s = (z.view(-1, 1, 1, 1) for z in schedule(level))
+        caption = model.encode_caption(words[rows])
+        ratios = model.ratios[:, c] if learning else None
+        guess = model(a * x0 + s * noise, level, caption, x0, mask[rows], k[c] if k else None, ratios)
+        losses.append((guess.float() - noise).square().mean(dim=(1, 2, 3)))
+    return torch.cat(losses)
+
+
+@torch.no_grad()
+def sample(
+    model: DiT,
+    words: Tensor,
+    noise: Tensor,
+    steps: int = 30,
+    guidance: float = 3.0,
+    known: Tensor | None = None,
+    mask: Tensor | None = None,
+    ratios: Tensor | None = None,
+    hook: Callable[[float, Tensor, list], None] | None = None,
+) -> Tensor:
+    """Generate images (B, 3, S, S) in [-1, 1] with DPM-Solver++(2M), the tokens that a layer skips really skipped.
+
+    Args:
+        words: (B, W), from Config.encode. noise: the start (B, 3, S, S), standard normal.
+        guidance: classifier-free guidance; 1 is the plain conditional model, at half the cost.
+        known, mask: for inpainting, see DiT.forward; known pixels are returned unchanged.
+        ratios: another table (L, any number of columns) in place of the learned one; zeros skip nothing.
+        hook: called at every step with t, the current guess of the image, and per layer its (scores, processed).
+    """
+    guided = guidance != 1
+    known = torch.zeros_like(noise) if known is None else known
+    mask = torch.ones_like(noise[:, :1]) if mask is None else mask
+    table = model.ratios if ratios is None else ratios
+    k = None if model.config.mode == "dense" else tokens_processed(table, model.config.tokens)
+    caption = model.encode_caption(torch.cat([words, torch.zeros_like(words)]) if guided else words)
+    known2, mask2 = (z.repeat(2, 1, 1, 1) if guided else z for z in (known, mask))
+
+    levels = torch.linspace(1, 0, steps + 1).tolist()
+    x, last, last_h = noise, None, 0.0
+    for t, t_next in itertools.pairwise(levels):
+        routing: list | None = None if hook is None else []
+        k_t = k[column_of(t, len(k))] if k else None
+        x2 = x.repeat(2, 1, 1, 1) if guided else x
+        eps = model(
+            x2, torch.full((len(x2),), t, device=x.device), caption, known2, mask2, k_t, routing=routing
+        ).float()
+        if guided:
+            conditional, unconditional = eps.chunk(2)
+            eps = unconditional + guidance * (conditional - unconditional)
+
+        (a, a_next), (s, s_next) = ([float(z) for z in pair] for pair in zip(*map(schedule, torch.tensor([t, t_next]))))
+        x0 = ((x - s * eps) / a).clamp(-1, 1)
+        x0 = torch.where(mask.bool(), x0, known)
+        if hook is not None:
+            hook(t, x0, [(score[: len(x)], index[: len(x)]) for score, index in routing or []])
+        # DDIM takes x0 for the image. 2M extrapolates x0 from this step and the last, in steps of h = log-SNR / 2.
+        h = math.log(a_next / s_next) - math.log(a / s) if s_next > 0 else math.inf
+        image = x0 if last is None or math.isinf(h) else x0 + h / (2 * last_h) * (x0 - last)
+        x = a_next * image + s_next * (x - a * image) / s
+        last, last_h = x0, h
+    return torch.where(mask.bool(), x.clamp(-1, 1), known)
