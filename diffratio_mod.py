@@ -138,7 +138,7 @@ class Layer(nn.Module):
         self.caption_q = nn.Linear(dim, dim)
         self.caption_kv = nn.Linear(dim, 2 * dim)
         self.caption_out = nn.Linear(dim, dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(approximate="tanh"), nn.Linear(4 * dim, dim))
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
         # adaLN-single (PixArt): the timestep's six modulations come from one projection that all layers share; a
         # layer owns only this offset. Zero gates: a new layer adds nothing, and training starts from the identity.
         self.modulation = nn.Parameter(torch.zeros(6, dim))
