@@ -19,6 +19,7 @@ import time
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -32,6 +33,7 @@ from diffratio_mod import Config, DiT, InputError, column_of, sample, tokens_pro
 
 READY_MADE = Path(__file__).parent / "assets" / "shapes_routed.pt"
 LARGEST_PICTURE = 50_000_000  # pixels; a larger input image is refused before it is decoded
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit only warns
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -39,10 +41,19 @@ LARGEST_PICTURE = 50_000_000  # pixels; a larger input image is refused before i
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def run_command(main: Callable[[], int | None]) -> None:
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one line, as all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see --help")
+
+
+def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Run a command's main function; bad input becomes one line on standard error and exit code 2."""
     try:
         sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
     except (InputError, OSError) as error:  # OSError: a full disk, a folder that may not be written, ...
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
@@ -78,7 +89,7 @@ def read_checkpoint(path: Path) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except InputError:
         raise
-    except Exception as error:  # torch.load fails in a dozen ways on a damaged file; each means the same to the user
+    except Exception as error:  # noqa: BLE001 - torch.load fails in a dozen ways on a damaged file; each means the same to the user
         reason = "it holds code, which is not run" if "weights_only" in str(error) else "damaged, or another format"
         raise InputError(f"cannot read {path} as a checkpoint: {reason} ({type(error).__name__})") from None
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("ema"), dict) or "config" not in checkpoint:
@@ -147,13 +158,11 @@ def read_picture(path: Path, size: int, mode: str) -> Image.Image:
     try:
         with Image.open(path) as picture:
             if picture.width * picture.height > LARGEST_PICTURE:
-                raise InputError(f"{path} is too large: {picture.width} x {picture.height} pixels")
+                raise InputError(f"it is too large, {picture.width} x {picture.height} pixels")
             picture = picture.convert(mode)
-    except InputError:
-        raise
     except FileNotFoundError:
         raise InputError(f"there is no file {path}") from None
-    except Exception as error:  # Pillow raises many kinds of errors on damaged files
+    except Exception as error:  # noqa: BLE001 - Pillow raises many kinds of errors on damaged files
         raise InputError(f"cannot read {path} as an image: {error}") from None
     return picture if picture.size == (size, size) else picture.resize((size, size), Image.Resampling.BICUBIC)
 
@@ -329,7 +338,7 @@ def draw_routing(
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Sample images from a DiffRatio-MoD checkpoint.")
+    parser = Parser(description="Sample images from a DiffRatio-MoD checkpoint.")
     add = parser.add_argument
     add("--checkpoint", type=Path, default=READY_MADE, help="checkpoint to sample from (default: the ready-made one)")
     add("--prompt", action="append", help="what to draw; repeatable (default: prompts kept in the checkpoint)")
@@ -384,13 +393,13 @@ def main() -> None:
         painting = read_inpainting(args.inpaint, args.mask, config.image_size)
 
     captions = [prompt for prompt in prompts for _ in range(args.num)]
+    generate(model, captions[: args.batch_size], args.seed, **painting, **(options | {"steps": 1}))  # warm up
     batches, start = [], time.perf_counter()
-    with tqdm(total=math.ceil(len(captions) / args.batch_size) * args.steps, unit="step", disable=None) as bar:
+    with tqdm(total=len(captions), unit="image", disable=None) as bar:
         for first in range(0, len(captions), args.batch_size):
             batch = captions[first : first + args.batch_size]
-            batches.append(
-                generate(model, batch, args.seed, first, hook=lambda *_: bar.update(), **painting, **options)
-            )
+            batches.append(generate(model, batch, args.seed, first, **painting, **options))
+            bar.update(len(batch))
     seconds = time.perf_counter() - start
     images = np.concatenate(batches)
 

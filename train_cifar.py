@@ -45,6 +45,7 @@ from diffratio_mod import (
     schedule,
 )
 from sample import (
+    Parser,
     build_model,
     draw_ratios,
     draw_routing,
@@ -261,7 +262,7 @@ FLAGS = {
     "out": (None, str, "run folder (default runs/DATASET)"),
     "steps": (None, int, "optimizer steps in all (default 1200 for shapes with --init, 4000 without; else 30000)"),
     "batch-size": (64, int, "images a step"),
-    "lr": (None, float, "peak learning rate of the weights (default 2e-3; with --init 5e-4)"),
+    "lr": (None, float, "peak learning rate of the weights (default 3e-3 * 128 / dim; a quarter of it with --init)"),
     "mode": ("layer-timestep", str, "the ratio table: " + ", ".join(MODES)),
     "target-ratio": (0.3, float, "target of the mean compression ratio, the share of tokens that bypass, 0 to 1"),
     "timestep-regions": (10, int, "regions of noise levels with ratios of their own"),
@@ -285,7 +286,7 @@ ARCHITECTURE = ("image-size", "dim", "depth", "heads", "patch-size")  # taken fr
 
 def arguments() -> dict:
     """The settings of the run, from the command line; flags that were not given are absent."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Train a DiffRatio-MoD model. See the top of this file for examples.",
         argument_default=argparse.SUPPRESS,
     )
@@ -304,7 +305,7 @@ def settle(given: dict) -> dict:
     late = {
         "out": f"runs/{s['dataset']}",
         "steps": (1200 if start else 4000) if shapes else 30000,
-        "lr": 5e-4 if start else 2e-3,
+        "lr": 3e-3 * (128 / max(1, s["dim"])) * (0.25 if start else 1),
         "dense-fraction": 0.0 if start else 0.6,
     }
     s |= {name: value for name, value in late.items() if s[name] is None}
@@ -557,7 +558,12 @@ def resume(given: dict) -> Run:
         run = Run(settings, model.config, data)
         run.load(model, ema)
         run.optimizer.load_state_dict(checkpoint["optimizer"])
+        for parameter, state in run.optimizer.state.items():
+            if any(state[name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq")):
+                raise InputError(f"{path}: the optimizer's state does not fit the weights")
         run.step, run.seconds = int(checkpoint["step"]), float(checkpoint["seconds"])
+        if not 0 <= run.step <= settings["steps"]:
+            raise InputError(f"{path}: step {run.step} is not one of the run's {settings['steps']}")
         run.sums.copy_(checkpoint["sums"])
     except InputError:
         raise
@@ -566,11 +572,19 @@ def resume(given: dict) -> Run:
     # Lines after the checkpoint will be written again.
     metrics = out / "metrics.jsonl"
     if metrics.exists():
-        lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= run.step]
+        lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and step_of(line) <= run.step]
         with replacing(metrics) as file:
             file.write("".join(kept).encode())
     return run
+
+
+def step_of(line: str) -> float:
+    """The step of a line of metrics.jsonl; infinity for one that is damaged."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 def main() -> int:
@@ -600,10 +614,11 @@ def main() -> int:
             )
             if run.step % s["log-every"] == 0 or run.step == s["steps"]:
                 run.log()
-            if run.step % s["save-every"] == 0 or run.step == s["steps"] or stop:
-                run.save()
             if stop:
                 break
+            if run.step % s["save-every"] == 0:
+                run.save()
+    run.save()
     if stop:
         again = shlex.join(["python", sys.argv[0], "--dataset", s["dataset"], "--out", s["out"], "--resume"])
         print(
