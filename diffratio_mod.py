@@ -31,11 +31,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Configuration and captions
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Configuration and captions ----------------------------------------------------------------------------------------
 
 MODES = ("dense", "uniform", "layer", "layer-timestep")
+
+
+LARGEST = {"image_size": 1024, "patch_size": 64, "dim": 2048, "depth": 64, "heads": 64, "caption_length": 256}
 
 
 class InputError(ValueError):
@@ -44,7 +45,7 @@ class InputError(ValueError):
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that is needed to rebuild a model, and nothing else. Raises InputError where a value is absurd."""
+    """Everything that is needed to rebuild a model. Raises InputError for values that cannot be, or are absurd."""
 
     vocabulary: tuple[str, ...]  # every word that a caption may use; word i has the id i + 1, and 0 is "no word"
     image_size: int = 32  # S, pixels
@@ -57,23 +58,21 @@ class Config:
     regions: int = 10  # R, regions of equal width into which the noise levels are cut
 
     def __post_init__(self) -> None:
-        for name, most in _LARGEST.items():
+        for name, most in (LARGEST | {"regions": 1000}).items():  # a damaged file must not ask for all memory
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= most:
                 raise InputError(f"{name} must be a whole number from 1 to {most}, not {str(value)[:40]!r}")
-        if self.image_size % self.patch_size:
-            raise InputError(f"patch size {self.patch_size} does not divide the image size {self.image_size}")
+        if self.image_size % self.patch_size or self.tokens > 16384:
+            raise InputError(
+                f"patches of {self.patch_size} must divide an image of {self.image_size}, into 16384 at most"
+            )
         if self.dim % self.heads or self.dim % 4:
             raise InputError(f"dim {self.dim} must be a multiple of 4 and of the number of heads, {self.heads}")
-        if self.tokens > 16384:
-            raise InputError(f"{self.tokens} tokens an image are too many; take a larger patch or a smaller image")
         if self.mode not in MODES:
             raise InputError(f"mode {str(self.mode)[:40]!r} is not one of {', '.join(MODES)}")
         words = self.vocabulary
-        if not isinstance(words, tuple) or not 1 <= len(words) <= 50_000:
-            raise InputError("the vocabulary must be a list of 1 to 50000 words")
-        if not all(isinstance(word, str) for word in words) or len(set(words)) != len(words):
-            raise InputError("the vocabulary must hold words, each of them once")
+        if not 1 <= len(words) <= 50_000 or not all(type(w) is str for w in words) or len(set(words)) < len(words):
+            raise InputError("the vocabulary must be 1 to 50000 words, each of them once")
 
     @property
     def tokens(self) -> int:
@@ -106,21 +105,7 @@ class Config:
         return torch.tensor(rows, dtype=torch.long).reshape(len(rows), self.caption_length)
 
 
-# Far above what one GPU trains; they only keep a damaged or hostile file from asking for all memory.
-_LARGEST = {
-    "image_size": 1024,
-    "patch_size": 64,
-    "dim": 2048,
-    "depth": 64,
-    "heads": 64,
-    "caption_length": 256,
-    "regions": 1000,
-}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One DiT layer, in the manner of PixArt
-# ---------------------------------------------------------------------------------------------------------------------
+# --- One DiT layer, in the manner of PixArt ----------------------------------------------------------------------------
 
 
 class Layer(nn.Module):
@@ -174,9 +159,7 @@ def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, _normalise(x), 1 + scale)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Token routing (paper 3.2) with a differentiable ratio (paper 3.3), in one pass
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Token routing (paper 3.2) with a differentiable ratio (paper 3.3), in one pass ------------------------------------
 
 BOUNDARY = 0.05  # share of all tokens that are looked at beyond the k-th, in training, to see what skipping them costs
 
@@ -257,9 +240,7 @@ class RoutedLayer(nn.Module):
         return x.flatten(0, 1).index_add(0, rows, gain.flatten(0, 1).to(x.dtype)).view(B, N, D)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The table of ratios (paper 3.3 and 3.4)
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The table of ratios (paper 3.3 and 3.4) ---------------------------------------------------------------------------
 
 
 def column_of(t: float, columns: int) -> int:
@@ -284,9 +265,7 @@ def ratio_loss(ratios: Tensor, target: float) -> Tensor:
     return (ratios.mean() - target) ** 2
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The model
-# ---------------------------------------------------------------------------------------------------------------------
+# --- The model ---------------------------------------------------------------------------------------------------------
 
 
 class DiT(nn.Module):
@@ -366,13 +345,17 @@ class DiT(nn.Module):
         # PixArt's timestep conditioning, plus the mean of the caption's tokens (as in Stable Diffusion 3).
         condition = F.silu(self.embed_time(_waves(1000 * t, self.config.dim, 10_000)) + caption.mean(dim=1))  # (B, D)
         modulation = self.condition(condition).unflatten(1, (6, -1))  # (B, 6, D)
-        for i, layer in enumerate(self.layers):
-            k_i = None if k is None else k[i]
-            h = layer(h, modulation, caption, k_i, None if ratios is None else ratios[i], routing)  # (B, N, D)
+        nothing = [None] * len(self.layers)
+        for layer, k_l, ratio in zip(self.layers, k or nothing, nothing if ratios is None else ratios):
+            h = layer(h, modulation, caption, k_l, ratio, routing)  # (B, N, D)
 
         shift, scale = self.condition_out(condition).unsqueeze(1).chunk(2, dim=2)  # (B, 1, D) each
         patches = self.out(_modulate(h, shift, scale))  # (B, N, 3 * p * p)
-        return F.pixel_shuffle(patches.transpose(1, 2).unflatten(2, (side, side)), p)
+        out = F.pixel_shuffle(patches.transpose(1, 2).unflatten(2, (side, side)), p)  # (B, 3, S, S)
+        # At high noise x is nearly the noise itself, and what matters is how it differs. So x, scaled, is the first guess,
+        # and the network adds what is missing; without this line its output would have to repeat x to many digits.
+        signal, noise = (z.view(-1, 1, 1, 1) for z in schedule(t))
+        return noise * x + signal * out
 
 
 def _waves(position: Tensor, dim: int, longest: float) -> Tensor:
@@ -388,9 +371,7 @@ def _positions(side: int, dim: int) -> Tensor:
     return torch.cat([row.repeat_interleave(side, dim=0), row.repeat(side, 1)], dim=1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Diffusion: noise schedule, loss, sampler
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Diffusion: noise schedule, loss, sampler --------------------------------------------------------------------------
 
 
 def schedule(t: Tensor) -> tuple[Tensor, Tensor]:
@@ -458,30 +439,26 @@ def sample(
     guided = guidance != 1
     known = torch.zeros_like(noise) if known is None else known
     mask = torch.ones_like(noise[:, :1]) if mask is None else mask
-    table = model.ratios if ratios is None else ratios
-    k = None if model.config.mode == "dense" else tokens_processed(table, model.config.tokens)
-    caption = model.encode_caption(torch.cat([words, torch.zeros_like(words)]) if guided else words)
-    known2, mask2 = (z.repeat(2, 1, 1, 1) if guided else z for z in (known, mask))
+    k = tokens_processed(model.ratios if ratios is None else ratios, model.config.tokens)
+    twice = (lambda z: torch.cat([z, z])) if guided else (lambda z: z)  # with guidance, both captions run as one batch
+    caption = model.encode_caption(torch.cat([words, 0 * words]) if guided else words)
+    known2, mask2 = twice(known), twice(mask)
 
-    levels = torch.linspace(1, 0, steps + 1).tolist()
     x, last, last_h = noise, None, 0.0
-    for t, t_next in itertools.pairwise(levels):
+    for t, t_next in itertools.pairwise(torch.linspace(1, 0, steps + 1).tolist()):
         routing: list | None = None if hook is None else []
-        k_t = k[column_of(t, len(k))] if k else None
-        x2 = x.repeat(2, 1, 1, 1) if guided else x
-        eps = model(
-            x2, torch.full((len(x2),), t, device=x.device), caption, known2, mask2, k_t, routing=routing
-        ).float()
+        k_t = None if model.config.mode == "dense" else k[column_of(t, len(k))]
+        x2 = twice(x)
+        eps = model(x2, x2.new_full((len(x2),), t), caption, known2, mask2, k_t, routing=routing).float()
         if guided:
             conditional, unconditional = eps.chunk(2)
             eps = unconditional + guidance * (conditional - unconditional)
 
-        (a, a_next), (s, s_next) = ([float(z) for z in pair] for pair in zip(*map(schedule, torch.tensor([t, t_next]))))
-        x0 = ((x - s * eps) / a).clamp(-1, 1)
-        x0 = torch.where(mask.bool(), x0, known)
+        (a, s), (a_next, s_next) = ([float(z) for z in schedule(torch.tensor(u))] for u in (t, t_next))
+        x0 = torch.where(mask.bool(), ((x - s * eps) / a).clamp(-1, 1), known)
         if hook is not None:
             hook(t, x0, [(score[: len(x)], index[: len(x)]) for score, index in routing or []])
-        # DDIM takes x0 for the image. 2M extrapolates x0 from this step and the last, in steps of h = log-SNR / 2.
+        # DDIM takes x0 for the image. 2M extrapolates from the last x0 and this one; h is the step in log(signal / noise).
         h = math.log(a_next / s_next) - math.log(a / s) if s_next > 0 else math.inf
         image = x0 if last is None or math.isinf(h) else x0 + h / (2 * last_h) * (x0 - last)
         x = a_next * image + s_next * (x - a * image) / s

@@ -139,16 +139,12 @@ class Shapes:
         return image * 2 - 1, captions, masks
 
     def _backgrounds(self, count: int, rng: torch.Generator) -> Tensor:
-        """Nearly grey gradients with faint stripes: (count, 3, S, S) in [0, 1]."""
-        x = torch.linspace(-1, 1, self.image_size)
-        angle, stripes = 2 * math.pi * torch.rand(2, count, 1, 1, generator=rng)
-        position = angle.cos() * x[None, None, :] + angle.sin() * x[None, :, None]  # (count, S, S)
-        across = stripes.cos() * x[None, None, :] + stripes.sin() * x[None, :, None]
+        """Nearly grey gradients in all directions: (count, 3, S, S) in [0, 1]."""
+        x = torch.linspace(-0.5, 0.5, self.image_size)
+        angle = 2 * math.pi * torch.rand(count, 1, 1, 1, generator=rng)
         ends = 0.1 + 0.8 * torch.rand(2, count, 1, 1, 1, generator=rng)
         ends = ends + 0.03 * torch.randn(2, count, 3, 1, 1, generator=rng)
-        frequency, strength = torch.rand(2, count, 1, 1, generator=rng)
-        image = torch.lerp(ends[0], ends[1], (position[:, None] / 3 + 0.5))
-        return (image + 0.06 * strength[:, None] * (across * (4 + 12 * frequency)).sin()[:, None]).clamp(0, 1)
+        return torch.lerp(ends[0], ends[1], 0.5 + angle.cos() * x + angle.sin() * x[:, None]).clamp(0, 1)
 
 
 def draw_shapes(shape: Tensor, centre: Tensor, radius: Tensor, size: int) -> Tensor:
@@ -269,7 +265,7 @@ FLAGS = {
     "ratio-weight": (2.0, float, "weight of the ratio loss; 0 switches the pull to the target off"),
     "ratio-lr": (5e-3, float, "learning rate of the ratios"),
     "dense-fraction": (None, float, "share of the steps before routing begins (default 0.6; with --init 0)"),
-    "noise-weight": (1.0, float, "in the dense part, weigh the loss by (1 / signal) to this power; 0 is off"),
+    "noise-weight": (2.0, float, "in the dense part, weigh the loss by (1 / signal) to this power; 0 is off"),
     "init": (None, str, "start from the weights of this dense checkpoint"),
     "device": ("auto", str, "auto, cuda, mps or cpu"),
     "seed": (0, int, "seed of the weights, the data order and the noise"),
@@ -314,7 +310,7 @@ def settle(given: dict) -> dict:
     if s["mode"] not in MODES:
         raise InputError(f"unknown mode {s['mode']!r}; known: {', '.join(MODES)}")
     for name, low, high in (
-        ("steps", 0, 10**9), ("batch-size", 1, 10**5), ("lr", 0, 1), ("ratio-weight", 0, 1e4), ("ratio-lr", 0, 1), ("noise-weight", 0, 2),
+        ("steps", 0, 10**9), ("batch-size", 1, 10**5), ("lr", 0, 1), ("ratio-weight", 0, 1e4), ("ratio-lr", 0, 1), ("noise-weight", 0, 4),
         ("dense-fraction", 0, 1), ("seed", 0, 10**9), ("log-every", 1, 10**9), ("save-every", 1, 10**9),
     ):  # fmt: skip
         if not low <= s[name] <= high:
