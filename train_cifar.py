@@ -104,22 +104,15 @@ class Shapes:
         pair = torch.randint(len(self.pairs), (count, 2), generator=rng)
         relation = torch.randint(4, (count,), generator=rng)
         two = torch.rand(count, generator=rng) < 0.5
-        radius = unit * torch.where(two[:, None], uniform(4.5, 6.5, 2), uniform(5.5, 10, 2))
-        # Two objects lie in different halves of the image, the first one before the second along the relation's axis
-        # ("above", "left of") or after it ("below", "right of"), and not far from each other across it.
-        margin = radius + unit
-        along = torch.stack([
-            uniform(margin[:, 0], S / 2 - radius[:, 0]), uniform(S / 2 + radius[:, 1], S - margin[:, 1])
-        ], dim=1)  # fmt: skip
-        after = (relation % 2 == 1)[:, None]
-        swapped = torch.stack([
-            uniform(S / 2 + radius[:, 0], S - margin[:, 0]), uniform(margin[:, 1], S / 2 - radius[:, 1])
-        ], dim=1)  # fmt: skip
-        along = torch.where(after, swapped, along)
-        across = uniform(11 * unit, S - 11 * unit, 1) + uniform(-3 * unit, 3 * unit, 2)
+        # One object lies near the middle; two lie in different halves, the first one before the second along the axis of
+        # the relation ("above", "left of") or after it ("below", "right of").
+        radius = unit * torch.where(two[:, None], uniform(5, 6.5, 2), uniform(8, 11, 2))
+        order = torch.where((relation % 2 == 0)[:, None], torch.tensor([-1.0, 1.0]), torch.tensor([1.0, -1.0]))
+        along = S / 2 + unit * (8 * order + uniform(-1, 1, 2))
+        across = S / 2 + unit * uniform(-4, 4, 2)
         vertical = (relation < 2)[:, None]
         centre = torch.stack([torch.where(vertical, across, along), torch.where(vertical, along, across)], dim=2)
-        alone = uniform(margin[:, :1], S - margin[:, :1], 2)
+        alone = S / 2 + unit * uniform(-4, 4, 2)
         centre[:, 0] = torch.where(two[:, None], centre[:, 0], alone)  # (count, 2 objects, x and y)
 
         names = [[self.pairs[i] for i in row] for row in pair.tolist()]
@@ -256,7 +249,7 @@ FLAGS = {
     "dataset": ("cifar10", str, "what to train on: " + ", ".join(DATASETS)),
     "data-dir": ("data", str, "folder with the data set, or to download it to"),
     "out": (None, str, "run folder (default runs/DATASET)"),
-    "steps": (None, int, "optimizer steps in all (default 1200 for shapes with --init, 4000 without; else 30000)"),
+    "steps": (None, int, "optimizer steps in all (default 1000 for shapes with --init, 3000 without; else 30000)"),
     "batch-size": (64, int, "images a step"),
     "lr": (None, float, "peak learning rate of the weights (default 3e-3 * 128 / dim; a quarter of it with --init)"),
     "mode": ("layer-timestep", str, "the ratio table: " + ", ".join(MODES)),
@@ -269,11 +262,11 @@ FLAGS = {
     "init": (None, str, "start from the weights of this dense checkpoint"),
     "device": ("auto", str, "auto, cuda, mps or cpu"),
     "seed": (0, int, "seed of the weights, the data order and the noise"),
-    "image-size": (32, int, "pixels; other images are resized"),
+    "image-size": (None, int, "pixels a side; other images are resized (default 24 for shapes, else 32)"),
     "dim": (128, int, "width of the network"),
     "depth": (6, int, "layers"),
     "heads": (4, int, "attention heads"),
-    "patch-size": (4, int, "pixels a side; a token is one patch"),
+    "patch-size": (None, int, "pixels a side; a token is one patch (default 3 for shapes, else 4)"),
     "log-every": (20, int, "steps between lines of metrics.jsonl"),
     "save-every": (200, int, "steps between checkpoints"),
 }
@@ -300,7 +293,9 @@ def settle(given: dict) -> dict:
     shapes, start = s["dataset"] == "shapes", s["init"] is not None
     late = {
         "out": f"runs/{s['dataset']}",
-        "steps": (1200 if start else 4000) if shapes else 30000,
+        "image-size": 24 if shapes else 32,
+        "patch-size": 3 if shapes else 4,
+        "steps": (1000 if start else 3000) if shapes else 30000,
         "lr": 3e-3 * (128 / max(1, s["dim"])) * (0.25 if start else 1),
         "dense-fraction": 0.0 if start else 0.6,
     }
