@@ -1,0 +1,137 @@
+"""What share of its prompts does a `shapes` model follow? Judged by a classifier that is trained on true renderings.
+
+    python experiments/judge.py assets/shapes_dense.pt assets/shapes_routed.pt --num 240     # minutes on two CPU cores
+
+The classifier sees an image and names its layout (one object, two above each other, two side by side) and the colour
+and shape of the first (upper or left) and the second object. A prompt is followed if all of it is right. The
+classifier's own error on fresh true renderings is printed first. Results go to experiments/judge.json.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from sample import Parser, build_model, generate, pick_device, read_checkpoint, run_command, to_float
+from train_cifar import COLOURS, HELD_OUT, RELATIONS, SHAPES, Shapes
+
+PAIRS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+
+
+def labels_of(captions: list[str]) -> torch.Tensor:
+    """What the classifier should say: (count, 3) layout, first pair, second pair (-100 where there is none)."""
+    rows = []
+    for caption in captions:
+        words = caption.split()
+        pairs = [PAIRS.index((words[1], words[2])), PAIRS.index((words[-2], words[-1]))]
+        if len(words) == 3:
+            rows.append([0, pairs[0], -100])
+        else:
+            if words[3] in ("below", "right"):
+                pairs.reverse()
+            rows.append([1 if words[3] in ("above", "below") else 2, *pairs])
+    return torch.tensor(rows)
+
+
+class Judge(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        widths = (3, 32, 64, 64, 128)
+        layers = []
+        for i, (a, b) in enumerate(itertools.pairwise(widths)):
+            layers += [nn.Conv2d(a, b, 3, padding=1, stride=2 if i else 1), nn.GroupNorm(8, b), nn.ReLU()]
+        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * (size // 8) ** 2, 256), nn.ReLU())
+        self.head = nn.Linear(256, 3 + 2 * len(PAIRS))
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.head(self.body(images)).split([3, len(PAIRS), len(PAIRS)], dim=1)
+
+    @torch.no_grad()
+    def right(self, images: torch.Tensor, captions: list[str]) -> torch.Tensor:
+        """Is the caption followed? (count,) of booleans."""
+        truth = labels_of(captions)
+        said = torch.stack([logits.argmax(dim=1).cpu() for logits in self(images)], dim=1)
+        return ((said == truth) | (truth == -100)).all(dim=1)
+
+
+def train_judge(size: int, steps: int, device: torch.device) -> Judge:
+    torch.manual_seed(0)
+    judge = Judge(size).to(device)
+    optimizer = torch.optim.AdamW(judge.parameters(), 2e-3)
+    rng = torch.Generator().manual_seed(1)
+    data = [Shapes(size), Shapes(size, "held-out")]
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)
+        (a, said_a, _), (b, said_b, _) = data[0].batch(96, rng), data[1].batch(32, rng)
+        images = torch.cat([a, b])
+        images = images + 0.1 * torch.rand(1, generator=rng) * torch.randn(images.shape, generator=rng)
+        truth = labels_of(said_a + said_b).to(device)
+        loss = sum(F.cross_entropy(out, truth[:, i]) for i, out in enumerate(judge(images.to(device))))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return judge.eval()
+
+
+def prompts_of(count: int, two: bool) -> list[str]:
+    """Prompts that go through all pairs in turn, the second object and the relation drawn from a fixed seed."""
+    rng = torch.Generator().manual_seed(2)
+    prompts = []
+    for i in range(count):
+        (a, b), (c, d) = PAIRS[i % len(PAIRS)], PAIRS[int(torch.randint(len(PAIRS), (1,), generator=rng))]
+        relation = RELATIONS[int(torch.randint(4, (1,), generator=rng))]
+        prompts.append(f"a {a} {b} {relation} a {c} {d}" if two else f"a {a} {b}")
+    return prompts
+
+
+def held_out(caption: str) -> bool:
+    words = caption.split()
+    return (words[1], words[2]) in HELD_OUT or (words[-2], words[-1]) in HELD_OUT
+
+
+def main() -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoints", type=Path, nargs="+")
+    parser.add_argument("--num", type=int, default=240, help="prompts of each kind")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--judge-steps", type=int, default=2500)
+    parser.add_argument("--dense", action="store_true", help="the same weights, nothing skipped")
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args()
+    device = pick_device(args.device)
+    models = {str(path): build_model(read_checkpoint(path), path).to(device) for path in args.checkpoints}
+    judge = train_judge(next(iter(models.values())).config.image_size, args.judge_steps, device)
+    results = {"prompts of each kind": args.num, "steps": args.steps, "guidance": args.guidance, "device": str(device)}
+
+    rng = torch.Generator().manual_seed(3)
+    for pairs in ("seen", "held-out"):
+        images, captions, _ = Shapes(next(iter(models.values())).config.image_size, pairs).batch(2000, rng)
+        results[f"true renderings, {pairs} pairs"] = float(judge.right(images.to(device), captions).float().mean())
+    for name, model in models.items():
+        for two in (False, True):
+            prompts = prompts_of(args.num, two)
+            options = {"steps": args.steps, "guidance": args.guidance}
+            if args.dense:
+                options["ratios"] = torch.zeros(model.config.depth, 1)
+            images = [generate(model, prompts[i : i + 48], 0, i, **options) for i in range(0, len(prompts), 48)]
+            right = torch.cat([
+                judge.right(to_float(part).to(device), prompts[48 * i : 48 * i + 48]) for i, part in enumerate(images)
+            ])  # fmt: skip
+            unseen = torch.tensor([held_out(prompt) for prompt in prompts])
+            kind = "two objects" if two else "one object"
+            for which, rows in (("seen", ~unseen), ("held-out", unseen)):
+                results[f"{name}, {kind}, {which} pairs ({int(rows.sum())})"] = float(right[rows].float().mean())
+    for name, value in results.items():
+        print(f"{name}: {value:.3f}" if isinstance(value, float) else f"{name}: {value}", flush=True)
+    Path(__file__).with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run_command(main)
