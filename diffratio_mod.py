@@ -188,7 +188,7 @@ class RoutedLayer(nn.Module):
     The score is a sigmoid of one linear layer. The gate is twice the score: the router starts at zero, so every gate
     starts at exactly 1 and the routed network starts as the dense one. (The paper multiplies by the score itself,
     which is near 1/2 at the start and so changes a pretrained network before its first step.) The gate is the only
-    way in which the router gets a gradient, as in Mixture-of-Depths.
+    way in which the router gets a gradient, as in Mixture-of-Depths, and no auxiliary loss is needed.
     """
 
     def __init__(self, dim: int, heads: int) -> None:
@@ -225,7 +225,8 @@ class RoutedLayer(nn.Module):
             return x + 2 * score * self.layer(x, condition, caption, keys=N)
 
         # In training the layer also takes e tokens beyond the k-th. They look but are not looked at, so the k come
-        # out exactly as in sampling; and their gate is 0, so they leave as they came.
+        # out exactly as in sampling; and their gate is 0, so they leave as they came. Yet the gate has two slopes: one
+        # in the ratio, and one in the score, so that the router learns what the tokens that it just refuses would gain.
         e = min(N - k, math.ceil(BOUNDARY * N)) if ratio is not None else 0
         order = score.squeeze(2).argsort(dim=1, descending=True, stable=True)  # stable: ties do not depend on e
         rows = (order[:, : k + e] + N * torch.arange(B, device=x.device).unsqueeze(1)).flatten()  # rows of (B * N, D)
@@ -235,7 +236,9 @@ class RoutedLayer(nn.Module):
         taken = x.flatten(0, 1).index_select(0, rows).view(B, k + e, D)
         gate = 2 * score.flatten(0, 1).index_select(0, rows).view(B, k + e, 1)
         if e:
-            gate = torch.cat([gate[:, :k], gate[:, k:] * ratio_gate(ratio, N, e)], dim=1)
+            kept, beyond = gate.split([k, e], dim=1)
+            still = beyond.detach()
+            gate = torch.cat([kept, (beyond - still) + still * ratio_gate(ratio, N, e)], dim=1)  # the second part is 0
         gain = gate * self.layer(taken, condition, caption, keys=k)  # (B, k + e, D)
         return x.flatten(0, 1).index_add(0, rows, gain.flatten(0, 1).to(x.dtype)).view(B, N, D)
 

@@ -286,7 +286,7 @@ def draw_ratios(ratios: Tensor, title: str) -> Image.Image:
     y = top + rows * cell[1] + gap + 6
     for j in range(columns - 1):
         high = 1 - j / (columns - 1)
-        label = f"{high - 1 / (columns - 1):.1f}-{high:.1f}" if columns < 12 else f"{high:.2f}"
+        label = f"{abs(high - 1 / (columns - 1)):.1f}-{high:.1f}" if columns < 12 else f"{high:.2f}"
         draw.text((left + (j + 0.5) * cell[0], y), label, INK, SMALL, "ma")
     draw.text((left + (columns - 0.5) * cell[0] + gap, y), "mean", INK, SMALL, "ma")
     draw.text((left, y + 16), "noise level t, from noise (left) to image (right)", INK, SMALL)

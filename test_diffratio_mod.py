@@ -180,21 +180,24 @@ def test_method_ties_are_broken_alike_in_training_and_sampling():
     torch.testing.assert_close(training, model.layers[0](x, condition, caption, 32), rtol=1e-5, atol=1e-5)
 
 
-def test_method_router_learns_only_through_the_gate_of_processed_tokens():
-    model = small_model()
+@pytest.mark.parametrize("training", [True, False])
+def test_method_router_learns_only_through_the_gate_of_processed_tokens_and_those_just_beyond(training):
+    model = small_model(image_size=32)
     wake_routers(model)
-    layer = model.layers[0]
+    layer, k, e = model.layers[0], 40, 4
     x, condition, caption = small_tokens(model)
     direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(4))
-    (layer(x, condition, caption, 6, torch.tensor(0.6, requires_grad=True)) * direction).sum().backward()
-    gradient = layer.router.bias.grad.clone()
-    assert gradient.abs() > 1e-3
-    # The same by hand: with the choice of tokens fixed, the gate is 2 * sigmoid, so d gate / d bias = gate * (1 - score).
+    ratio = torch.tensor(0.6, requires_grad=True) if training else None
+    (layer(x, condition, caption, k, ratio) * direction).sum().backward()
+    # The same by hand: with the choice of tokens fixed, gate = 2 * score, and d gate / d bias = gate * (1 - score).
     with torch.no_grad():
         score = torch.sigmoid(layer.router(x))
-        gain = layer(x, condition, caption, 6) - x
-        expected = (gain * (1 - score) * direction).sum()
-    torch.testing.assert_close(gradient[0], expected, rtol=1e-3, atol=1e-4)
+        order = score.squeeze(2).argsort(dim=1, descending=True, stable=True)[:, : k + e * training, None]
+        taken = x.gather(1, order.expand(-1, -1, x.shape[2]))
+        update = torch.zeros_like(x).scatter(1, order.expand_as(taken), layer.layer(taken, condition, caption, keys=k))
+        expected = (2 * score * (1 - score) * update * direction).sum()
+    torch.testing.assert_close(layer.router.bias.grad[0], expected, rtol=1e-3, atol=1e-3)
+    assert expected.abs() > 0.1
 
 
 def test_method_hook_reports_the_tokens_that_were_processed():

@@ -256,7 +256,7 @@ FLAGS = {
     "target-ratio": (0.3, float, "target of the mean compression ratio, the share of tokens that bypass, 0 to 1"),
     "timestep-regions": (10, int, "regions of noise levels with ratios of their own"),
     "ratio-weight": (2.0, float, "weight of the ratio loss; 0 switches the pull to the target off"),
-    "ratio-lr": (5e-3, float, "learning rate of the ratios"),
+    "ratio-lr": (1e-2, float, "learning rate of the ratios"),
     "dense-fraction": (None, float, "share of the steps before routing begins (default 0.6; with --init 0)"),
     "noise-weight": (2.0, float, "in the dense part, weigh the loss by (1 / signal) to this power; 0 is off"),
     "init": (None, str, "start from the weights of this dense checkpoint"),
