@@ -1,23 +1,22 @@
 """DiffRatio-MoD: a Diffusion Transformer that learns how many tokens each layer skips at each noise level.
 
-This file is the whole method of "Layer- and Timestep-Adaptive Differentiable Token Compression Ratios for
-Efficient Diffusion Transformers" (arXiv 2412.16822), top to bottom: the configuration, one DiT layer, the router
-and the routed layer, the table of compression ratios, the model, the diffusion loss, the sampler. It is a library;
-the commands are in the companions:
+The whole method of "Layer- and Timestep-Adaptive Differentiable Token Compression Ratios for Efficient Diffusion
+Transformers" (arXiv 2412.16822), top to bottom: configuration, one DiT layer, the router and the routed layer, the table
+of ratios, the model, the diffusion loss, the sampler. The commands are in the companions; both run on a CPU:
 
-    python train_cifar.py --dataset shapes --init assets/shapes_dense.pt   # learn the ratios, minutes on two CPU cores
-    python sample.py --prompt "a red circle above a blue square"           # sample, with tokens really skipped
+    python train_cifar.py --dataset shapes --init assets/shapes_dense.pt    # learns the ratios in minutes
+    python sample.py --prompt "a red circle above a blue square"            # samples in seconds, tokens really skipped
 
-The method in one paragraph. Each layer has a router that scores every image token. The k tokens with the highest
-scores go through the layer, the others leave it as they came. k follows from the layer's compression *ratio*, the
-share of tokens that bypass it (0 = dense). Every layer has one learnable ratio for each region of noise levels; all
-start at zero. Two forces shape them: the squared distance of their mean from a target raises them, the diffusion
-loss lowers them where skipping hurts. What survives is a table that skips where it costs least.
+Each layer has a router that scores every image token. The k tokens with the highest scores go through the layer, the
+others leave it as they came. k follows from the layer's compression *ratio*, the share of tokens that bypass it (0 =
+dense). Every layer has one learnable ratio for each region of noise levels, and all start at zero. Two forces shape
+them: the squared distance of their mean from a target raises them, the diffusion loss lowers those where skipping
+hurts. What results is a table that skips where it costs least.
 
-Letters used in shape comments, here and nowhere redefined:
+Letters used in shape comments:
     B images   N image tokens   D width   H heads   L layers   R timestep regions   C columns of the ratio table
     W words of a caption   S image side in pixels   p patch side in pixels
-    k tokens that a layer processes   e tokens just beyond the k-th, seen in training only
+    k tokens that a layer processes   e tokens just beyond the k-th, looked at in training only
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -79,26 +78,16 @@ class Config:
         """N, the number of image tokens."""
         return (self.image_size // self.patch_size) ** 2
 
-    @classmethod
-    def from_dict(cls, values: dict) -> Config:
-        """Rebuild a Config from `dataclasses.asdict`. Raises InputError for missing, unknown or absurd entries."""
-        names = {field.name for field in fields(cls)}
-        if not isinstance(values, dict) or set(values) != names or not isinstance(values["vocabulary"], (list, tuple)):
-            raise InputError(f"the config must have exactly the entries {', '.join(sorted(names))}")
-        return cls(**{**values, "vocabulary": tuple(values["vocabulary"])})
-
     def encode(self, captions: Sequence[str]) -> Tensor:
         """Captions to word ids, (B, W). The empty caption is all zeros: the null caption of classifier-free guidance.
 
         Raises InputError for a word that is not in the vocabulary and for a caption of more than W words.
         """
-        ids = {word: i + 1 for i, word in enumerate(self.vocabulary)}
-        rows = []
+        ids, rows = {word: i + 1 for i, word in enumerate(self.vocabulary)}, []
         for caption in captions:
             words = caption.lower().split()
-            for word in words:
-                if word not in ids:
-                    raise InputError(f"unknown word {word!r} in {caption!r}; known: {' '.join(self.vocabulary)}")
+            if unknown := [word for word in words if word not in ids]:
+                raise InputError(f"unknown word {unknown[0]!r} in {caption!r}; known: {' '.join(self.vocabulary)}")
             if len(words) > self.caption_length:
                 raise InputError(f"caption {caption!r} has {len(words)} words; at most {self.caption_length} fit")
             rows.append([ids[word] for word in words] + [0] * (self.caption_length - len(words)))

@@ -18,6 +18,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import NoReturn
 
@@ -103,8 +104,11 @@ def build_model(checkpoint: dict, path: Path, weights: str = "ema") -> DiT:
     weights: the entry of the checkpoint to take, "ema" or "model". Raises InputError where the config is absurd or a
     tensor is missing, unknown, misshapen or not finite; before that nothing of the config's size is allocated.
     """
+    values, names = checkpoint["config"], {field.name for field in fields(Config)}
+    if not isinstance(values, dict) or set(values) != names or not isinstance(values["vocabulary"], (list, tuple)):
+        raise InputError(f"{path}: the config must have exactly the entries {', '.join(sorted(names))}")
     try:
-        config = Config.from_dict(checkpoint["config"])
+        config = Config(**{**values, "vocabulary": tuple(values["vocabulary"])})
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     with torch.device("meta"):  # shapes without memory

@@ -542,7 +542,7 @@ def test_folder_of_pictures_becomes_captions_and_images(tmp_path):
 # --- the commands ----------------------------------------------------------------------------------------------------
 
 TINY = ["--dataset", "shapes", "--image-size", "16", "--dim", "16", "--depth", "2", "--heads", "2", "--batch-size", "6"]
-TINY += ["--timestep-regions", "3", "--device", "cpu", "--log-every", "2", "--save-every", "3"]
+TINY += ["--patch-size", "4", "--timestep-regions", "3", "--device", "cpu", "--log-every", "2", "--save-every", "3"]
 
 
 def command(script: str, *arguments: object, **options) -> subprocess.CompletedProcess:
@@ -590,7 +590,7 @@ def test_training_command_leaves_the_promised_files(finished):
 def test_checkpoint_gives_identical_samples_in_a_new_process(finished, tmp_path):
     path = finished / "checkpoint.pt"
     checkpoint = torch.load(path, weights_only=True)
-    model = method.DiT(method.Config.from_dict(checkpoint["config"]))
+    model = method.DiT(method.Config(**checkpoint["config"]))
     model.load_state_dict(checkpoint["ema"])
     options = ["--num", 2, "--steps", 4, "--seed", 3, "--guidance", 2, "--device", "cpu", "--out", tmp_path / "s.png"]
     prompts = ["--prompt", "a red circle", "--prompt", "a blue cross above a red square"]
