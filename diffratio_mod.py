@@ -214,8 +214,7 @@ class RoutedLayer(nn.Module):
             return x + 2 * score * self.layer(x, condition, caption, keys=N)
 
         # In training the layer also takes e tokens beyond the k-th. They look but are not looked at, so the k come
-        # out exactly as in sampling; and their gate is 0, so they leave as they came. Yet the gate has two slopes: one
-        # in the ratio, and one in the score, so that the router learns what the tokens that it just refuses would gain.
+        # out exactly as in sampling; and their gate is 0, so they leave as they came.
         e = min(N - k, math.ceil(BOUNDARY * N)) if ratio is not None else 0
         order = score.squeeze(2).argsort(dim=1, descending=True, stable=True)  # stable: ties do not depend on e
         rows = (order[:, : k + e] + N * torch.arange(B, device=x.device).unsqueeze(1)).flatten()  # rows of (B * N, D)
@@ -225,9 +224,7 @@ class RoutedLayer(nn.Module):
         taken = x.flatten(0, 1).index_select(0, rows).view(B, k + e, D)
         gate = 2 * score.flatten(0, 1).index_select(0, rows).view(B, k + e, 1)
         if e:
-            kept, beyond = gate.split([k, e], dim=1)
-            still = beyond.detach()
-            gate = torch.cat([kept, (beyond - still) + still * ratio_gate(ratio, N, e)], dim=1)  # the second part is 0
+            gate = torch.cat([gate[:, :k], gate[:, k:] * ratio_gate(ratio, N, e)], dim=1)
         gain = gate * self.layer(taken, condition, caption, keys=k)  # (B, k + e, D)
         return x.flatten(0, 1).index_add(0, rows, gain.flatten(0, 1).to(x.dtype)).view(B, N, D)
 
