@@ -344,8 +344,8 @@ class Run:
         self.model.load_state_dict(model.state_dict())
         self.ema.load_state_dict(ema.state_dict())
 
-    def train_step(self) -> tuple[float, Tensor]:
-        """One optimizer step. Returns the diffusion loss, and the loss by region (R,), NaN for one without images.
+    def train_step(self) -> float:
+        """One optimizer step. Returns the diffusion loss, the plain mean over the batch.
 
         Raises InputError, with the weights as they were, where the loss or its gradient is not finite.
         """
@@ -395,7 +395,7 @@ class Run:
         self.step += 1
         self.update_ema()
         self.sums += by_region
-        return float(losses.mean()), by_region
+        return float(losses.mean())
 
     def learning_rate_factor(self) -> float:
         """A short warm-up, a plateau, and a linear decay over the last 40 % of the steps."""
@@ -413,6 +413,7 @@ class Run:
     # --- what is written -------------------------------------------------------------------------------------------
 
     def checkpoint_words(self) -> str:
+        """What of the run is safe on disk, for an error message."""
         path = self.out / "checkpoint.pt"
         return f"{path} holds the last good state" if path.exists() else "no checkpoint had been written yet"
 
@@ -596,7 +597,7 @@ def main() -> int:
     average = None
     with tqdm(total=s["steps"], initial=run.step, unit="step", dynamic_ncols=True) as bar:
         while run.step < s["steps"]:
-            loss, _ = run.train_step()
+            loss = run.train_step()
             run.seconds = time.perf_counter() - began
             average = loss if average is None else 0.95 * average + 0.05 * loss
             bar.update()
