@@ -35,16 +35,13 @@ from torch import Tensor, nn
 MODES = ("dense", "uniform", "layer", "layer-timestep")
 
 
-LARGEST = {"image_size": 1024, "patch_size": 64, "dim": 2048, "depth": 64, "heads": 64, "caption_length": 256}
-
-
 class InputError(ValueError):
     """Something that the user gave is wrong. The message is one line: what is wrong, and what to do."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that is needed to rebuild a model. Raises InputError for values that cannot be, or are absurd."""
+    """Everything that is needed to rebuild a model. Raises InputError for sizes that do not fit together."""
 
     vocabulary: tuple[str, ...]  # every word that a caption may use; word i has the id i + 1, and 0 is "no word"
     image_size: int = 32  # S, pixels
@@ -57,21 +54,12 @@ class Config:
     regions: int = 10  # R, regions of equal width into which the noise levels are cut
 
     def __post_init__(self) -> None:
-        for name, most in (LARGEST | {"regions": 1000}).items():  # a damaged file must not ask for all memory
-            value = getattr(self, name)
-            if type(value) is not int or not 1 <= value <= most:
-                raise InputError(f"{name} must be a whole number from 1 to {most}, not {str(value)[:40]!r}")
-        if self.image_size % self.patch_size or self.tokens > 16384:
-            raise InputError(
-                f"patches of {self.patch_size} must divide an image of {self.image_size}, into 16384 at most"
-            )
+        if self.image_size % self.patch_size:
+            raise InputError(f"patches of {self.patch_size} pixels do not divide an image of {self.image_size}")
         if self.dim % self.heads or self.dim % 4:
             raise InputError(f"dim {self.dim} must be a multiple of 4 and of the number of heads, {self.heads}")
         if self.mode not in MODES:
-            raise InputError(f"mode {str(self.mode)[:40]!r} is not one of {', '.join(MODES)}")
-        words = self.vocabulary
-        if not 1 <= len(words) <= 50_000 or not all(type(w) is str for w in words) or len(set(words)) < len(words):
-            raise InputError("the vocabulary must be 1 to 50000 words, each of them once")
+            raise InputError(f"mode {self.mode!r} is not one of {', '.join(MODES)}")
 
     @property
     def tokens(self) -> int:
@@ -341,8 +329,9 @@ class DiT(nn.Module):
         shift, scale = self.condition_out(condition).unsqueeze(1).chunk(2, dim=2)  # (B, 1, D) each
         patches = self.out(_modulate(h, shift, scale))  # (B, N, 3 * p * p)
         out = F.pixel_shuffle(patches.transpose(1, 2).unflatten(2, (side, side)), p)  # (B, 3, S, S)
-        # At high noise x is nearly the noise itself, and what matters is how it differs. So x, scaled, is the first guess,
-        # and the network adds what is missing; without this line its output would have to repeat x to many digits.
+        # At high noise x is nearly eps itself, and what matters is how it differs. So the network's own output is the
+        # velocity v = signal * eps - noise * x_0 (Salimans and Ho 2022), from which eps follows; without this line it
+        # would have to repeat x to many digits.
         signal, noise = (z.view(-1, 1, 1, 1) for z in schedule(t))
         return noise * x + signal * out
 

@@ -14,13 +14,16 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 import time
+import warnings
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import NoReturn
+from typing import BinaryIO, NoReturn
 
 import numpy as np
 import torch
@@ -56,7 +59,11 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         sys.exit(130)
     except (InputError, OSError) as error:  # OSError: a full disk, a folder that may not be written, ...
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        text = " ".join(str(error).split())[:2000]  # parts of it can come from a hostile file
+        print("error: " + "".join(c if c.isprintable() else "?" for c in text), file=sys.stderr)
+        sys.exit(2)
+    except torch.cuda.OutOfMemoryError:
+        print("error: not enough memory on the device; try a smaller --batch-size or model", file=sys.stderr)
         sys.exit(2)
 
 
@@ -76,6 +83,40 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No warnings of a library about a damaged file: it is refused in one line, or it is good enough."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
+def writing(path: Path, mode: str = "wb") -> Iterator[BinaryIO]:
+    """An open file; what goes wrong with it (a full disk, a folder without permission) becomes an InputError."""
+    try:
+        with open(path, mode) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InputError(f"cannot write {path}: {reason}; what had been saved before is untouched") from None
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` when it is complete and on disk, and vanishes if anything goes wrong."""
+    temporary = path.with_name(path.name + ".part")
+    try:
+        with writing(temporary) as file:
+            yield file
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def read_checkpoint(path: Path) -> dict:
     """Read a checkpoint without running anything from it: a dictionary of tensors and plain values.
 
@@ -87,7 +128,8 @@ def read_checkpoint(path: Path) -> dict:
         with zipfile.ZipFile(path) as archive:  # what torch.save writes: a zip archive, nothing in it compressed
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise InputError(f"{path} is not a checkpoint of this project: its contents are compressed")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with quiet():
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except InputError:
         raise
     except Exception as error:  # noqa: BLE001 - torch.load fails in a dozen ways on a damaged file; each means the same to the user
@@ -96,6 +138,25 @@ def read_checkpoint(path: Path) -> dict:
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("ema"), dict) or "config" not in checkpoint:
         raise InputError(f"{path} is not a checkpoint of this project: it has no config and ema entries")
     return checkpoint
+
+
+LARGEST = {"image_size": 1024, "patch_size": 64, "dim": 2048, "depth": 64, "heads": 64, "caption_length": 256}
+
+
+def check_config(values: dict) -> Config:
+    """A Config from a file or a command line; raises InputError where a size could ask for all memory."""
+    for name, most in (LARGEST | {"regions": 1000}).items():
+        if type(values[name]) is not int or not 1 <= values[name] <= most:
+            raise InputError(f"{name} must be a whole number from 1 to {most}, not {str(values[name])[:40]!r}")
+    words = values["vocabulary"]
+    if not 1 <= len(words) <= 50_000 or not all(type(word) is str for word in words) or len(set(words)) < len(words):
+        raise InputError("the vocabulary must be 1 to 50000 words, each of them once")
+    if type(values["mode"]) is not str or len(values["mode"]) > 40:
+        raise InputError("the mode must be one word")
+    config = Config(**{**values, "vocabulary": tuple(words)})
+    if config.tokens > 16384:
+        raise InputError(f"{config.tokens} patches an image are too many, at most 16384; take larger patches")
+    return config
 
 
 def build_model(checkpoint: dict, path: Path, weights: str = "ema") -> DiT:
@@ -108,7 +169,7 @@ def build_model(checkpoint: dict, path: Path, weights: str = "ema") -> DiT:
     if not isinstance(values, dict) or set(values) != names or not isinstance(values["vocabulary"], (list, tuple)):
         raise InputError(f"{path}: the config must have exactly the entries {', '.join(sorted(names))}")
     try:
-        config = Config(**{**values, "vocabulary": tuple(values["vocabulary"])})
+        config = check_config(values)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     with torch.device("meta"):  # shapes without memory
@@ -160,7 +221,7 @@ def read_ratios(path: Path, depth: int) -> Tensor:
 def read_picture(path: Path, size: int, mode: str) -> Image.Image:
     """An image file, converted to a Pillow mode and resized to size x size. Raises InputError if it is not a picture."""
     try:
-        with Image.open(path) as picture:
+        with quiet(), Image.open(path) as picture:
             if picture.width * picture.height > LARGEST_PICTURE:
                 raise InputError(f"it is too large, {picture.width} x {picture.height} pixels")
             picture = picture.convert(mode)
@@ -408,14 +469,17 @@ def main() -> None:
     images = np.concatenate(batches)
 
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    draw_samples(images[:64], captions[:64]).save(args.out)
-    written = [args.out]
+    pictures = {args.out: draw_samples(images[:64], captions[:64])}
     if args.routing_map:
-        written.append(args.out.with_name(args.out.stem + "-routing.png"))
-        draw_routing(model, prompts[:3], args.seed, **painting, **options).save(written[-1])
+        routing = draw_routing(model, prompts[:3], args.seed, **painting, **options)
+        pictures[args.out.with_name(args.out.stem + "-routing.png")] = routing
+    for path, picture in pictures.items():
+        with replacing(path) as file:
+            picture.save(file, "PNG")
+    written = [*pictures]
     if args.npz:
         args.npz.parent.mkdir(parents=True, exist_ok=True)
-        with open(args.npz, "wb") as file:  # an open file, so that NumPy does not append .npz to the name
+        with replacing(args.npz) as file:
             np.savez(file, arr_0=images)
         written.append(args.npz)
     if args.png_dir:

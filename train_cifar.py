@@ -13,19 +13,16 @@ from __future__ import annotations
 
 import argparse
 import copy
+import io
 import json
 import math
-import os
 import platform
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -47,6 +44,7 @@ from diffratio_mod import (
 from sample import (
     Parser,
     build_model,
+    check_config,
     draw_ratios,
     draw_routing,
     draw_samples,
@@ -54,7 +52,9 @@ from sample import (
     pick_device,
     read_checkpoint,
     read_picture,
+    replacing,
     run_command,
+    writing,
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -94,7 +94,7 @@ class Shapes:
     def batch(self, count: int, rng: torch.Generator) -> tuple[Tensor, list[str], Tensor]:
         """Images (count, 3, S, S) in [-1, 1], their captions, and object masks (count, 2, S, S), coverage 0 to 1.
 
-        Half of the images have one object, half two. The second mask of an image with one object is zero.
+        Four images in ten have one object, six have two. The second mask of an image with one object is zero.
         """
         S, unit = self.image_size, self.image_size / 32
 
@@ -103,10 +103,10 @@ class Shapes:
 
         pair = torch.randint(len(self.pairs), (count, 2), generator=rng)
         relation = torch.randint(4, (count,), generator=rng)
-        two = torch.rand(count, generator=rng) < 0.5
+        two = torch.rand(count, generator=rng) < 0.6
         # One object lies near the middle; two lie in different halves, the first one before the second along the axis of
         # the relation ("above", "left of") or after it ("below", "right of").
-        radius = unit * torch.where(two[:, None], uniform(5, 6.5, 2), uniform(8, 11, 2))
+        radius = unit * torch.where(two[:, None], uniform(5.5, 7, 2), uniform(8, 11, 2))
         order = torch.where((relation % 2 == 0)[:, None], torch.tensor([-1.0, 1.0]), torch.tensor([1.0, -1.0]))
         along = S / 2 + unit * (8 * order + uniform(-1, 1, 2))
         across = S / 2 + unit * uniform(-4, 4, 2)
@@ -300,6 +300,10 @@ def settle(given: dict) -> dict:
         "dense-fraction": 0.0 if start else 0.6,
     }
     s |= {name: value for name, value in late.items() if s[name] is None}
+    for name, (_, kind, _) in (FLAGS | {"amp": (0, bool, "")}).items():  # those from a checkpoint can be anything
+        kinds = (int, float) if kind is float else (kind,)
+        if type(s[name]) not in kinds and not (name == "init" and s[name] is None):
+            raise InputError(f"--{name} must be of type {kind.__name__}, not {str(s[name])[:40]!r}")
     if s["dataset"] not in DATASETS:
         raise InputError(f"unknown data set {s['dataset']!r}; known: {', '.join(DATASETS)}")
     if s["mode"] not in MODES:
@@ -431,8 +435,10 @@ class Run:
             "prompts": list(self.data.prompts),
             "made_by": made_by(),
         }
+        content = io.BytesIO()  # torch.save turns an error of the disk into one of its own, so it does not see the disk
+        torch.save(state, content)
         with replacing(self.out / "checkpoint.pt") as file:
-            torch.save(state, file)
+            file.write(content.getbuffer())
 
     def log(self) -> None:
         """Append a line to metrics.jsonl."""
@@ -446,8 +452,8 @@ class Run:
             "ratio_by_layer": ratios.mean(dim=1).tolist(),
             "seconds": round(self.seconds, 2),
         }
-        with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        with writing(self.out / "metrics.jsonl", "ab") as file:
+            file.write(json.dumps(line).encode() + b"\n")
         self.sums.zero_()
 
     def show(self) -> None:
@@ -487,21 +493,6 @@ def made_by() -> dict[str, str]:
     }
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` when it is complete and on disk, and vanishes if anything goes wrong."""
-    temporary = path.with_name(path.name + ".part")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 # ---------------------------------------------------------------------------------------------------------------------
@@ -521,9 +512,10 @@ def start(given: dict) -> Run:
         raise InputError(f"{s['out']} holds a run already; --resume goes on with it, another --out starts a new one")
     sizes = {name.replace("-", "_"): s[name] for name in ARCHITECTURE}
     sizes |= {"mode": s["mode"], "regions": s["timestep-regions"]}
-    Config(("word",), **sizes)  # bad values are refused before any data is loaded
+    check_config(sizes | {"vocabulary": ("word",), "caption_length": 8})  # refused before any data is loaded
     data = load_data(s["dataset"], Path(s["data-dir"]), s["image-size"])
-    run = Run(s, Config(data.vocabulary, caption_length=data.caption_length, **sizes), data)
+    config = check_config(sizes | {"vocabulary": data.vocabulary, "caption_length": data.caption_length})
+    run = Run(s, config, data)
     if source is not None:
         if (source.config.vocabulary, source.config.caption_length) != (data.vocabulary, data.caption_length):
             raise InputError(f"the model of --init {path} was trained on captions of another data set")
@@ -549,17 +541,22 @@ def resume(given: dict) -> Run:
             raise InputError(f"the data in {settings['data-dir']} has other captions than the run in {out}")
         run = Run(settings, model.config, data)
         run.load(model, ema)
-        run.optimizer.load_state_dict(checkpoint["optimizer"])
+        groups = run.optimizer.state_dict()["param_groups"]  # from the settings, never from the file
+        run.optimizer.load_state_dict({"state": dict(checkpoint["optimizer"])["state"], "param_groups": groups})
         for parameter, state in run.optimizer.state.items():
-            if any(state[name].shape != parameter.shape for name in ("exp_avg", "exp_avg_sq")):
+            mean, square, count = state["exp_avg"], state["exp_avg_sq"], state["step"]
+            fits = mean.shape == square.shape == parameter.shape and count.shape == () and count >= 1
+            if not fits or not mean.isfinite().all() or not square.isfinite().all() or square.min() < 0:
                 raise InputError(f"{path}: the optimizer's state does not fit the weights")
-        run.step, run.seconds = int(checkpoint["step"]), float(checkpoint["seconds"])
-        if not 0 <= run.step <= settings["steps"]:
-            raise InputError(f"{path}: step {run.step} is not one of the run's {settings['steps']}")
-        run.sums.copy_(checkpoint["sums"])
+        run.step, run.seconds, sums = int(checkpoint["step"]), float(checkpoint["seconds"]), checkpoint["sums"]
+        if not 0 <= run.step <= settings["steps"] or not 0 <= run.seconds < math.inf:
+            raise InputError(f"{path}: step {run.step}, {run.seconds} s do not fit a run of {settings['steps']} steps")
+        if sums.shape != run.sums.shape or not sums.isfinite().all():
+            raise InputError(f"{path}: the sums of the losses are not finite numbers for {run.config.regions} regions")
+        run.sums.copy_(sums)
     except InputError:
         raise
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise InputError(f"{path} cannot be resumed: {type(error).__name__} {error}") from None
     # Lines after the checkpoint will be written again.
     metrics = out / "metrics.jsonl"
@@ -584,6 +581,8 @@ def main() -> int:
     run = resume(given) if given.pop("resume", False) else start(given)
     s = run.settings
     run.out.mkdir(parents=True, exist_ok=True)
+    with writing(run.out / "metrics.jsonl", "ab"):
+        pass  # a folder that cannot be written to is noticed now, not at the first save
     stop: list[int] = []
 
     def on_signal(number: int, _: object) -> None:
