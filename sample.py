@@ -12,6 +12,8 @@ read a checkpoint and draw pictures live here; train_cifar.py uses them too.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import json
 import math
 import os
@@ -20,7 +22,6 @@ import time
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import BinaryIO, NoReturn
@@ -52,8 +53,23 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see --help")
 
 
+def keep_freed_memory() -> None:
+    """Let the C library keep the memory that tensors free. A CPU run then takes about a fifth less time.
+
+    glibc hands large blocks back to the system as soon as they are free, and gets new, empty pages for the next
+    layer's tensors; the system spends much of the time on that. Elsewhere than with glibc, nothing happens.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(
+            -3, 2**25
+        )  # M_MMAP_THRESHOLD: only blocks above 32 MiB, the most allowed, are got from the system alone
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap shrinks only if this much of its end is free
+
+
 def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Run a command's main function; bad input becomes one line on standard error and exit code 2."""
+    keep_freed_memory()
     try:
         sys.exit(main())
     except KeyboardInterrupt:
@@ -83,7 +99,7 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-@contextmanager
+@contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """No warnings of a library about a damaged file: it is refused in one line, or it is good enough."""
     with warnings.catch_warnings():
@@ -91,7 +107,7 @@ def quiet() -> Iterator[None]:
         yield
 
 
-@contextmanager
+@contextlib.contextmanager
 def writing(path: Path, mode: str = "wb") -> Iterator[BinaryIO]:
     """An open file; what goes wrong with it (a full disk, a folder without permission) becomes an InputError."""
     try:
@@ -104,7 +120,7 @@ def writing(path: Path, mode: str = "wb") -> Iterator[BinaryIO]:
         raise InputError(f"cannot write {path}: {reason}; what had been saved before is untouched") from None
 
 
-@contextmanager
+@contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file that takes the place of `path` when it is complete and on disk, and vanishes if anything goes wrong."""
     temporary = path.with_name(path.name + ".part")
@@ -363,8 +379,8 @@ def draw_routing(
 ) -> Image.Image:
     """Sample a few prompts and show, for each, which tokens each layer processed as the image cleared.
 
-    Rows are layers, columns noise levels; a token that bypassed the layer is darkened. The first row is the model's
-    guess of the image at that noise level, undarkened. options: steps, guidance, ratios, see diffratio_mod.sample.
+    Rows are layers, columns noise levels; a token that bypassed the layer is darkened, and the number is the share of
+    those. The first row is the model's guess of the image at that noise level. options: steps, guidance, ratios, see diffratio_mod.sample.
     """
     config, records = model.config, []
     if config.mode == "dense":
@@ -375,7 +391,12 @@ def draw_routing(
     block = left + shown * (side + 3) + gap
     sheet = Image.new("RGB", (len(prompts) * block + 12, top + (config.depth + 1) * (side + 3) + 56), PAPER)
     draw = ImageDraw.Draw(sheet)
-    draw.text((14, 8), "Which tokens each layer processed (bright) and which bypassed it (dark)", INK, FONT)
+    draw.text(
+        (14, 8),
+        "Tokens that each layer processed (bright) or let bypass (dark), and the share that bypassed",
+        INK,
+        FONT,
+    )
     for n, prompt in enumerate(prompts):
         draw.text((n * block + left, 31), prompt, INK, SMALL)
         for i in range(config.depth + 1):
@@ -390,6 +411,10 @@ def draw_routing(
                     pixels = processed.reshape(across, across).repeat(config.patch_size, 0).repeat(config.patch_size, 1)
                     tile = np.where(pixels[..., None], tile, tile // 5)
                 sheet.paste(enlarge(tile.astype(np.uint8), side), (x, y))
+                if i:
+                    draw.rectangle((x + side - 29, y + side - 15, x + side - 1, y + side - 1), PAPER)
+                    ratio = 1 - len(routing[i - 1][1][n]) / config.tokens
+                    draw.text((x + side - 2, y + side - 1), f"{ratio:.2f}", INK, SMALL, "rd")
                 if i == config.depth:
                     draw.text((x + side / 2, y + side + 4), f"t = {t:.2f}", INK, SMALL, "ma")
                     share = 1 - sum(len(order[n]) for _, order in routing) / (config.depth * config.tokens)

@@ -183,9 +183,9 @@ class Pictures:
         return images, [self.captions[self.labels[row]] for row in rows.tolist()], None
 
 
-def load_folder(data_dir: Path, size: int) -> Pictures:
+def load_folder(data_dir: Path, size: int, part: str = "train") -> Pictures:
     """The user's own images, data_dir/train/<class>/*.png or *.jpg, resized to size x size. Raises InputError."""
-    root = data_dir / "train"
+    root = data_dir / part
     classes = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
     images, labels = [], []
     for label, name in enumerate(classes):
