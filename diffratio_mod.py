@@ -67,7 +67,7 @@ class Config:
         return (self.image_size // self.patch_size) ** 2
 
     def encode(self, captions: Sequence[str]) -> Tensor:
-        """Captions to word ids, (B, W). The empty caption is all zeros: the null caption of classifier-free guidance.
+        """Captions to word ids (B, W). The empty caption, all zeros, is the null caption of classifier-free guidance.
 
         Raises InputError for a word that is not in the vocabulary and for a caption of more than W words.
         """
@@ -101,8 +101,8 @@ class Layer(nn.Module):
         self.caption_kv = nn.Linear(dim, 2 * dim)
         self.caption_out = nn.Linear(dim, dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
-        # adaLN-single (PixArt): the timestep's six modulations come from one projection that all layers share; a
-        # layer owns only this offset. Zero gates: a new layer adds nothing, and training starts from the identity.
+        # adaLN-single (PixArt): the timestep's six modulations come from one projection that all layers share, which
+        # starts at zero; a layer owns only this offset. So a new layer's gates are zero: it adds nothing.
         self.modulation = nn.Parameter(torch.zeros(6, dim))
         nn.init.zeros_(self.caption_out.weight)
         nn.init.zeros_(self.caption_out.bias)
@@ -136,7 +136,7 @@ def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, _normalise(x), 1 + scale)
 
 
-# --- Token routing (paper 3.2) with a differentiable ratio (paper 3.3), in one pass ------------------------------------
+# --- Token routing (paper 3.2) with a differentiable ratio (paper 3.3; the one-pass gradient is this project's) --------
 
 BOUNDARY = 0.05  # share of all tokens that are looked at beyond the k-th, in training, to see what skipping them costs
 
@@ -145,14 +145,15 @@ def ratio_gate(ratio: Tensor, tokens: int, beyond: int) -> Tensor:
     """The straight-through gate of the tokens just beyond the k-th: the number 0 with a slope in `ratio`.
 
     What does the loss gain if the layer skips a little less? One more token would be processed: its gate would go
-    from 0 to 1. To first order that changes the loss by the derivative of the loss at gate 0, so the gate of the
+    from 0 to its full value. To first order that changes the loss by its derivative at gate 0, so the gate of the
     tokens just beyond the boundary gets the value 0 and, backwards, a slope. N tokens pass the boundary as the ratio
     goes from 1 to 0, hence -N, shared among the e tokens that stand for the next one: -N / e.
 
-    The factor 1/2: the derivative at gate 0 is not yet the finite difference between gate 0 and gate 1. The trapezoid
-    rule takes the mean of the derivatives at both ends, and the one at gate 1, of a token that is processed, is near
-    zero: training has already made the loss flat there. That is also why a slope taken from the k processed tokens
-    says nothing about skipping them.
+    The factor 1/2: the derivative at gate 0 is not yet the finite difference between gate 0 and the full gate. The
+    trapezoid rule takes the mean of the derivatives at both ends, and that of a processed token is taken to be zero:
+    training has made the loss flat there. That is also why the k processed tokens cannot tell what skipping costs.
+
+    The paper instead runs the layer twice, at the multiples of 10 % below and above the ratio, and mixes the outputs.
 
     Args: ratio, a scalar tensor; tokens, N; beyond, e >= 1. Returns a scalar tensor that equals 0.
     """
@@ -201,17 +202,17 @@ class RoutedLayer(nn.Module):
                 routing.append((score.squeeze(2), torch.arange(N, device=x.device).expand(B, N)))
             return x + 2 * score * self.layer(x, condition, caption, keys=N)
 
-        # In training the layer also takes e tokens beyond the k-th. They look but are not looked at, so the k come
-        # out exactly as in sampling; and their gate is 0, so they leave as they came.
-        e = min(N - k, math.ceil(BOUNDARY * N)) if ratio is not None else 0
-        order = score.squeeze(2).argsort(dim=1, descending=True, stable=True)  # stable: ties do not depend on e
+        # In training the layer also takes e tokens beyond the k-th. They look but are not looked at, so the k come out
+        # as in sampling; and their gate is 0, so they leave as they came and teach nothing but the ratio.
+        e = 0 if ratio is None else min(N - k, math.ceil(BOUNDARY * N))
+        order = score.squeeze(2).argsort(dim=1, descending=True, stable=True)  # stable: equal scores in order
         rows = (order[:, : k + e] + N * torch.arange(B, device=x.device).unsqueeze(1)).flatten()  # rows of (B * N, D)
         if routing is not None:
             routing.append((score.squeeze(2), order[:, :k]))
 
         taken = x.flatten(0, 1).index_select(0, rows).view(B, k + e, D)
         gate = 2 * score.flatten(0, 1).index_select(0, rows).view(B, k + e, 1)
-        if e:
+        if ratio is not None:
             gate = torch.cat([gate[:, :k], gate[:, k:] * ratio_gate(ratio, N, e)], dim=1)
         gain = gate * self.layer(taken, condition, caption, keys=k)  # (B, k + e, D)
         return x.flatten(0, 1).index_add(0, rows, gain.flatten(0, 1).to(x.dtype)).view(B, N, D)
@@ -236,7 +237,7 @@ def tokens_processed(ratios: Tensor, tokens: int) -> list[list[int]]:
 def ratio_loss(ratios: Tensor, target: float) -> Tensor:
     """The pull on the ratios (paper 3.3): squared distance of their mean from the target.
 
-    The paper's mean goes over the layers and the batch. Noise levels are drawn evenly here, so that every region has
+    The training loss is diffusion_loss(...).mean() + weight * ratio_loss(...), and nothing else. The paper's mean goes over the layers and the batch. Noise levels are drawn evenly here, so that every region has
     the same share of the batch, and the mean over the batch is the mean over the table (L, C).
     """
     return (ratios.mean() - target) ** 2
@@ -259,11 +260,8 @@ class DiT(nn.Module):
         # "circle" must become "a circle that is red" somewhere.
         self.embed_word = nn.Embedding(len(c.vocabulary) + 1, c.dim)
         self.word_positions = nn.Parameter(0.02 * torch.randn(c.caption_length, c.dim))
-        self.caption_encoder = nn.TransformerEncoder(
-            nn.TransformerEncoderLayer(c.dim, c.heads, 2 * c.dim, 0.0, F.gelu, batch_first=True, norm_first=True),
-            num_layers=2,
-            enable_nested_tensor=False,
-        )
+        encoder = nn.TransformerEncoderLayer(c.dim, c.heads, 2 * c.dim, 0.0, F.gelu, batch_first=True, norm_first=True)
+        self.caption_encoder = nn.TransformerEncoder(encoder, num_layers=2, enable_nested_tensor=False)
 
         self.condition = nn.Linear(c.dim, 6 * c.dim)  # adaLN-single, shared by all layers
         self.layers = nn.ModuleList(RoutedLayer(c.dim, c.heads) for _ in range(c.depth))
@@ -273,7 +271,7 @@ class DiT(nn.Module):
             nn.init.zeros_(module.weight)
             nn.init.zeros_(module.bias)
 
-        # The ratios. The four modes, the paper's ablation, differ only here:
+        # The ratios. The four modes, the paper's ablation, differ in this table:
         #   dense           stays zero, and no router runs
         #   uniform         one fixed ratio everywhere (plain Mixture-of-Depths); the trainer fills it in
         #   layer           one learned ratio a layer, the same at all noise levels (paper 3.3)
@@ -311,12 +309,11 @@ class DiT(nn.Module):
             caption: (B, W, D), from encode_caption.
             known, mask: pixels that are given (B, 3, S, S), and where to generate (B, 1, S, S), 1 = generate. Pixels
                 under the mask are hidden from the model; a mask of all ones is plain generation.
-            k: tokens processed in each layer, L integers; None: dense, no routers.
-            ratios: (L,), in training only: the column of the table that k came from, which is to get a gradient.
-            routing: a list that receives the scores and the processed tokens of every layer (see RoutedLayer).
+            k, ratios, routing: as in RoutedLayer, for all layers: L integers; the column (L,) of the table that they
+                came from; one list for all.
         """
         p, side = self.config.patch_size, self.config.image_size // self.config.patch_size
-        pixels = torch.cat([x, known * (1 - mask), mask.expand_as(x[:, :1])], dim=1)  # (B, 7, S, S)
+        pixels = torch.cat([x, known * (1 - mask), mask], dim=1)  # (B, 7, S, S)
         h = self.embed_patch(F.pixel_unshuffle(pixels, p).flatten(2).transpose(1, 2)) + self.positions  # (B, N, D)
 
         # PixArt's timestep conditioning, plus the mean of the caption's tokens (as in Stable Diffusion 3).
@@ -371,9 +368,8 @@ def diffusion_loss(
     images (B, 3, S, S) in [-1, 1]; words (B, W) from Config.encode; mask (B, 1, S, S), 1 = generate; t (B,) on the
     CPU, ascending, in (0, 1]; eps (B, 3, S, S), the noise. route=False runs the model densely, without its routers.
 
-    k must be one number for all images that run together, but a batch should hold all noise levels: a step on a
-    single region pulls the weights to and fro. So the batch is cut into its regions, which run one after another;
-    their gradients add up.
+    k must be one number for all images that run together, but a batch should hold all noise levels: steps on single
+    regions would pull the weights to and fro. So its regions run one after another, and their gradients add up.
     """
     route = route and model.config.mode != "dense"
     columns = model.ratios.shape[1] if route else 1
@@ -411,18 +407,20 @@ def sample(
         words: (B, W), from Config.encode. noise: the start (B, 3, S, S), standard normal.
         guidance: classifier-free guidance; 1 is the plain conditional model, at half the cost.
         known, mask: for inpainting, see DiT.forward; known pixels are returned unchanged.
-        ratios: another table (L, any number of columns) in place of the learned one; zeros skip nothing.
-        hook: called at every step with t, the current guess of the image, and per layer its (scores, processed).
+        ratios: another table (L, any number of columns) in place of the learned one; zeros skip nothing. A model of
+            mode dense has no use for it.
+        hook: called at every step with t, the current guess of the image, and for each layer its scores and processed
+            tokens (see RoutedLayer), those of the conditional half.
     """
     guided = guidance != 1
     known = torch.zeros_like(noise) if known is None else known
     mask = torch.ones_like(noise[:, :1]) if mask is None else mask
     k = tokens_processed(model.ratios if ratios is None else ratios, model.config.tokens)
     twice = (lambda z: torch.cat([z, z])) if guided else (lambda z: z)  # with guidance, both captions run as one batch
-    caption = model.encode_caption(torch.cat([words, 0 * words]) if guided else words)
+    caption = model.encode_caption(torch.cat([words, torch.zeros_like(words)]) if guided else words)
     known2, mask2 = twice(known), twice(mask)
 
-    x, last, last_h = noise, None, 0.0
+    x, last, last_h = noise, noise, math.inf
     for t, t_next in itertools.pairwise(torch.linspace(1, 0, steps + 1).tolist()):
         routing: list | None = None if hook is None else []
         k_t = None if model.config.mode == "dense" else k[column_of(t, len(k))]
@@ -436,9 +434,10 @@ def sample(
         x0 = torch.where(mask.bool(), ((x - s * eps) / a).clamp(-1, 1), known)
         if hook is not None:
             hook(t, x0, [(score[: len(x)], index[: len(x)]) for score, index in routing or []])
-        # DDIM takes x0 for the image. 2M extrapolates from the last x0 and this one; h is the step in log(signal / noise).
-        h = math.log(a_next / s_next) - math.log(a / s) if s_next > 0 else math.inf
-        image = x0 if last is None or math.isinf(h) else x0 + h / (2 * last_h) * (x0 - last)
+        # DDIM takes x0 for the image; 2M extrapolates from the last x0 and this one, but not in the first step and the
+        # last. h is the step in log(signal / noise).
+        h = math.log(a_next / s_next) - math.log(a / s) if s_next > 0 else 0.0
+        image = x0 + h / (2 * last_h) * (x0 - last)
         x = a_next * image + s_next * (x - a * image) / s
         last, last_h = x0, h
-    return torch.where(mask.bool(), x.clamp(-1, 1), known)
+    return x  # the last step ends at t = 0, where x is x0

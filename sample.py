@@ -24,7 +24,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import IO, NoReturn
 
 import numpy as np
 import torch
@@ -108,7 +108,7 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def writing(path: Path, mode: str = "wb") -> Iterator[BinaryIO]:
+def writing(path: Path, mode: str = "wb") -> Iterator[IO]:
     """An open file; what goes wrong with it (a full disk, a folder without permission) becomes an InputError."""
     try:
         with open(path, mode) as file:
@@ -121,7 +121,7 @@ def writing(path: Path, mode: str = "wb") -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path) -> Iterator[IO]:
     """A file that takes the place of `path` when it is complete and on disk, and vanishes if anything goes wrong."""
     temporary = path.with_name(path.name + ".part")
     try:
@@ -237,10 +237,10 @@ def read_ratios(path: Path, depth: int) -> Tensor:
 def read_picture(path: Path, size: int, mode: str) -> Image.Image:
     """An image file, converted to a Pillow mode and resized to size x size. Raises InputError if it is not a picture."""
     try:
-        with quiet(), Image.open(path) as picture:
-            if picture.width * picture.height > LARGEST_PICTURE:
-                raise InputError(f"it is too large, {picture.width} x {picture.height} pixels")
-            picture = picture.convert(mode)
+        with quiet(), Image.open(path) as file:
+            if file.width * file.height > LARGEST_PICTURE:
+                raise InputError(f"it is too large, {file.width} x {file.height} pixels")
+            picture = file.convert(mode)
     except FileNotFoundError:
         raise InputError(f"there is no file {path}") from None
     except Exception as error:  # noqa: BLE001 - Pillow raises many kinds of errors on damaged files
@@ -464,7 +464,7 @@ def main() -> None:
     args = arguments()
     checkpoint = read_checkpoint(args.checkpoint)
     if args.versions:
-        print(json.dumps(checkpoint.get("made_by", {}), indent=2, default=str))
+        print(json.dumps(checkpoint.get("made_by", []), indent=2, default=str))
         return
     model = build_model(checkpoint, args.checkpoint).to(pick_device(args.device))
     config = model.config
@@ -478,7 +478,7 @@ def main() -> None:
         options["ratios"] = torch.zeros(config.depth, 1)
     if config.mode == "dense" and (args.ratios or args.routing_map):
         raise InputError(f"{args.checkpoint} is a dense model: it has no trained routers for --ratios or --routing-map")
-    painting = {}
+    painting: dict = {}
     if args.inpaint:
         painting = read_inpainting(args.inpaint, args.mask, config.image_size)
 

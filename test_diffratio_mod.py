@@ -612,6 +612,14 @@ def test_checkpoint_gives_identical_samples_in_a_new_process(finished, tmp_path)
     assert "GFLOPs an image" in result.stdout and "mean ratio" in result.stdout
 
 
+def test_versions_tell_what_made_a_checkpoint(finished, monkeypatch, capsys):
+    path = finished / "checkpoint.pt"
+    code, output, _ = call(sample_command, monkeypatch, capsys, "--checkpoint", path, "--versions")
+    (made,) = json.loads(output)
+    assert code == 0 and made["torch"] == torch.__version__
+    assert "train_cifar.py" in made["command"] and "--steps 8" in made["command"]
+
+
 def test_sampling_depends_on_the_seed_and_not_on_the_batch():
     model = small_model()
     make = lambda seed, *slices: [

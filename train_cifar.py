@@ -249,7 +249,7 @@ FLAGS = {
     "dataset": ("cifar10", str, "what to train on: " + ", ".join(DATASETS)),
     "data-dir": ("data", str, "folder with the data set, or to download it to"),
     "out": (None, str, "run folder (default runs/DATASET)"),
-    "steps": (None, int, "optimizer steps in all (default 1000 for shapes with --init, 3000 without; else 30000)"),
+    "steps": (None, int, "optimizer steps in all (default 750 for shapes with --init, 3000 without; else 30000)"),
     "batch-size": (64, int, "images a step"),
     "lr": (None, float, "peak learning rate of the weights (default 3e-3 * 128 / dim; a quarter of it with --init)"),
     "mode": ("layer-timestep", str, "the ratio table: " + ", ".join(MODES)),
@@ -258,7 +258,7 @@ FLAGS = {
     "ratio-weight": (2.0, float, "weight of the ratio loss; 0 switches the pull to the target off"),
     "ratio-lr": (1e-2, float, "learning rate of the ratios"),
     "dense-fraction": (None, float, "share of the steps before routing begins (default 0.6; with --init 0)"),
-    "noise-weight": (2.0, float, "in the dense part, weigh the loss by (1 / signal) to this power; 0 is off"),
+    "noise-weight": (2.0, float, "dense part: weigh the loss by (1 / signal) to this power; 2: the loss in v, 0: off"),
     "init": (None, str, "start from the weights of this dense checkpoint"),
     "device": ("auto", str, "auto, cuda, mps or cpu"),
     "seed": (0, int, "seed of the weights, the data order and the noise"),
@@ -295,7 +295,7 @@ def settle(given: dict) -> dict:
         "out": f"runs/{s['dataset']}",
         "image-size": 24 if shapes else 32,
         "patch-size": 3 if shapes else 4,
-        "steps": (1000 if start else 3000) if shapes else 30000,
+        "steps": (750 if start else 3000) if shapes else 30000,
         "lr": 3e-3 * (128 / max(1, s["dim"])) * (0.25 if start else 1),
         "dense-fraction": 0.0 if start else 0.6,
     }
@@ -330,7 +330,7 @@ class Run:
     def __init__(self, settings: dict, config: Config, data: Shapes | Pictures) -> None:
         self.settings, self.config, self.data = settings, config, data
         self.out, self.device = Path(settings["out"]), pick_device(settings["device"])
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds, self.made_by = 0, 0.0, [made_by()]
         torch.manual_seed(settings["seed"])
         self.model = DiT(config).to(self.device)
         self.ema = copy.deepcopy(self.model).eval()
@@ -372,8 +372,9 @@ class Run:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=s["amp"]):
             losses = diffusion_loss(self.model, images, words, mask, t, noise, route=routed)  # (B,)
         # The plain loss is nearly blind to the noisiest levels, where the layout of an image is decided: there the noise
-        # is easy to predict. A network that starts from nothing learns it sooner with more weight there. The routed part
-        # uses the plain loss, as the paper does: it decides what skipping costs.
+        # is easy to predict. A network that starts from nothing learns it sooner with the loss in v, which weighs them
+        # more (see the end of DiT.forward). The routed part uses the plain loss, as the paper does: it decides what
+        # skipping costs.
         signal = schedule(t.to(self.device))[0]
         loss = losses.mean() if routed else (losses * signal ** -s["noise-weight"]).mean()
         if routed and self.model.ratios.requires_grad:
@@ -410,8 +411,8 @@ class Run:
     def update_ema(self) -> None:
         """Average the weights over about the last tenth of the run so far, at most over 2,000 steps."""
         decay = min(0.9995, self.step / (self.step + 9))
-        mine, theirs = list(self.ema.parameters()), list(self.model.parameters())
-        torch._foreach_lerp_(mine, theirs, 1 - decay)
+        for mine, theirs in zip(self.ema.parameters(), self.model.parameters()):
+            mine.lerp_(theirs, 1 - decay)
         self.ema.ratios.copy_(self.model.ratios)  # not averaged: the weights have adapted to the newest k
 
     # --- what is written -------------------------------------------------------------------------------------------
@@ -433,7 +434,7 @@ class Run:
             "seconds": self.seconds,
             "sums": self.sums,
             "prompts": list(self.data.prompts),
-            "made_by": made_by(),
+            "made_by": self.made_by,
         }
         content = io.BytesIO()  # torch.save turns an error of the disk into one of its own, so it does not see the disk
         torch.save(state, content)
@@ -554,6 +555,7 @@ def resume(given: dict) -> Run:
         if sums.shape != run.sums.shape or not sums.isfinite().all():
             raise InputError(f"{path}: the sums of the losses are not finite numbers for {run.config.regions} regions")
         run.sums.copy_(sums)
+        run.made_by = [*checkpoint["made_by"], *run.made_by]  # one entry for each time it was started
     except InputError:
         raise
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:

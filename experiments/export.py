@@ -18,5 +18,5 @@ ema = {name: value if name == "ratios" else value.half() for name, value in chec
 kept = {name: checkpoint[name] for name in ("config", "prompts", "step", "made_by")}
 torch.save({**kept, "ema": ema}, target)
 print(
-    f"{target}: {target.stat().st_size / 1e6:.1f} MB, step {checkpoint['step']} of {checkpoint['made_by']['command']}"
+    f"{target}: {target.stat().st_size / 1e6:.1f} MB, step {checkpoint['step']} of {checkpoint['made_by'][0]['command']}"
 )

@@ -195,7 +195,7 @@ def parts(case: Case, args: argparse.Namespace) -> dict:
         "dense layer": lambda: layer(x, condition, caption, None),
     }
     with torch.no_grad():
-        seconds = interleaved(functions, 20 * args.rounds, device, f"parts, {case}")
+        seconds = interleaved(functions, 8 * args.rounds, device, f"parts, {case}")
     shares = {name: relative(values, seconds["whole"])[0] for name, values in seconds.items()}
     return {"case": str(case), "k": k, "milliseconds": 1000 * statistics.median(seconds["whole"])} | shares
 
