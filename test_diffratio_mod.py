@@ -654,6 +654,8 @@ def test_ratio_file_changes_what_is_skipped_and_dense_skips_nothing(finished, tm
     outputs["own"] = call(sample_command, monkeypatch, capsys, *start, "--ratios", finished / "ratios.json")
     assert [code for code, _, _ in outputs.values()] == [0, 0, 0, 0]
     assert "mean ratio 0.250" in outputs["low"][1] and "mean ratio 0.625" in outputs["high"][1]
+    fives = call(sample_command, monkeypatch, capsys, *start, "--ratios", tmp_path / "t.json", "--round-k", 5)
+    assert fives[0] == 0 and "mean ratio 0.531" in fives[1]  # of 16 tokens, k = 8 and 4 become 10 and 5
     assert "mean ratio 0.000" in outputs["dense"][1] and "0.0% fewer" in outputs["dense"][1]
 
 

@@ -33,7 +33,7 @@ from baselines import MergedLayer, TwoBranchLayer, scaled, use
 
 from diffratio_mod import Config, DiT, RoutedLayer, diffusion_loss, even_noise_levels, ratio_loss
 from diffratio_mod import sample as draw
-from sample import READY_MADE, Parser, pick_device, read_checkpoint, run_command, sampling_flops
+from sample import READY_MADE, Parser, pick_device, read_checkpoint, round_k, run_command, sampling_flops
 
 WORDS = tuple(f"w{i}" for i in range(40))
 MEANS = (0.1, 0.2, 0.3, 0.5, 0.7)
@@ -133,6 +133,8 @@ def sampling(case: Case, args: argparse.Namespace) -> list[dict]:
     for mean in MEANS:
         runs[f"uniform {mean}"] = (routed, torch.full((case.depth, 1), mean))
         runs[f"learned {mean}"] = (routed, learned_table(case.depth, mean))
+    for mean in (0.2, 0.3, 0.5):
+        runs[f"learned {mean}, k rounded to 16"] = (routed, round_k(learned_table(case.depth, mean), case.tokens, 16))
     for mean in (0.3, 0.5):
         runs[f"merging {mean}"] = (merged, torch.full((case.depth, 1), mean))
     flops = {name: sampling_flops(model, STEPS, 1, ratios) for name, (model, ratios) in runs.items()}
@@ -270,6 +272,7 @@ def draw_chart(rows: list[dict], path: Path) -> None:
         axis.plot([0, 0.75], [0, 0.75], color="0.7", linestyle="--", label="time saved = FLOPs saved")
         for case in dict.fromkeys(row["case"] for row in rows):
             mine = [row for row in rows if row["case"] == case and row["table"].startswith((kind, "routed"))]
+            mine = [row for row in mine if "rounded" not in row["table"]]
             axis.plot([r["FLOPs saved"] for r in mine], [r["time saved"] for r in mine], marker="o", label=case)
         axis.set(title=f"{kind} tables", xlabel="share of FLOPs saved")
         axis.grid(alpha=0.3)
@@ -287,6 +290,7 @@ def main() -> None:
     parser.add_argument("--batch-scale", type=int, default=1, help="multiply all batch sizes")
     parser.add_argument("--amp", action="store_true", help="bfloat16")
     parser.add_argument("--compile", action="store_true", help="torch.compile, in sampling")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     args = parser.parse_args()
     args.device = pick_device(args.device)
     cases = [Case(c.tokens, c.dim, c.depth, c.heads, c.batch * args.batch_scale) for c in CASES]
@@ -305,7 +309,7 @@ def main() -> None:
             quotient = "" if row["quotient"] is None else f"quotient {row['quotient']:5.2f}"
             memory = f"peak {row['peak MB']:.0f} MB" if "peak MB" in row else ""
             print(
-                f"  {row['table']:24} {row['seconds']:7.3f} s  FLOPs saved {row['FLOPs saved']:6.1%}  "
+                f"  {row['table']:29} {row['seconds']:7.3f} s  FLOPs saved {row['FLOPs saved']:6.1%}  "
                 f"time saved {row['time saved']:6.1%} +- {row['spread']:.1%}  {quotient:15} {memory}"
             )
         if case.batch > 2:
@@ -315,9 +319,8 @@ def main() -> None:
                     k: f"{v:.3f}" if isinstance(v, float) else v for k, v in results[name][-1].items() if k != "case"
                 }
                 print(f"  {name}: " + ", ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
-    path = Path(__file__).with_suffix(".json")
-    path.write_text(json.dumps(results, indent=1) + "\n")
-    draw_chart(results["sampling"], path.with_suffix(".png"))
+    args.out.write_text(json.dumps(results, indent=1) + "\n")
+    draw_chart(results["sampling"], args.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":
