@@ -237,8 +237,8 @@ def tokens_processed(ratios: Tensor, tokens: int) -> list[list[int]]:
 def ratio_loss(ratios: Tensor, target: float) -> Tensor:
     """The pull on the ratios (paper 3.3): squared distance of their mean from the target.
 
-    The training loss is diffusion_loss(...).mean() + weight * ratio_loss(...), and nothing else. The paper's mean goes over the layers and the batch. Noise levels are drawn evenly here, so that every region has
-    the same share of the batch, and the mean over the batch is the mean over the table (L, C).
+    The training loss is diffusion_loss(...).mean() + weight * ratio_loss(...), and nothing else. The paper's mean goes
+    over the layers and the batch; noise levels are drawn evenly here, so that is the mean over the table (L, C).
     """
     return (ratios.mean() - target) ** 2
 

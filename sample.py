@@ -54,16 +54,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep the memory that tensors free. A CPU run then takes about a fifth less time.
+    """Let the C library keep the memory that tensors free, for speed on a CPU.
 
     glibc hands large blocks back to the system as soon as they are free, and gets new, empty pages for the next
     layer's tensors; the system spends much of the time on that. Elsewhere than with glibc, nothing happens.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(
-            -3, 2**25
-        )  # M_MMAP_THRESHOLD: only blocks above 32 MiB, the most allowed, are got from the system alone
+        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: smaller blocks (32 MiB is the most allowed) come from the heap
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap shrinks only if this much of its end is free
 
 
@@ -389,7 +387,8 @@ def draw_routing(
     """Sample a few prompts and show, for each, which tokens each layer processed as the image cleared.
 
     Rows are layers, columns noise levels; a token that bypassed the layer is darkened, and the number is the share of
-    those. The first row is the model's guess of the image at that noise level. options: steps, guidance, ratios, see diffratio_mod.sample.
+    those. The first row is the model's guess of the image at that noise level. options: steps, guidance, ratios, see
+    diffratio_mod.sample.
     """
     config, records = model.config, []
     if config.mode == "dense":
@@ -400,12 +399,8 @@ def draw_routing(
     block = left + shown * (side + 3) + gap
     sheet = Image.new("RGB", (len(prompts) * block + 12, top + (config.depth + 1) * (side + 3) + 56), PAPER)
     draw = ImageDraw.Draw(sheet)
-    draw.text(
-        (14, 8),
-        "Tokens that each layer processed (bright) or let bypass (dark), and the share that bypassed",
-        INK,
-        FONT,
-    )
+    title = "Tokens that each layer processed (bright) or let bypass (dark), and the share that bypassed"
+    draw.text((14, 8), title, INK, FONT)
     for n, prompt in enumerate(prompts):
         draw.text((n * block + left, 31), prompt, INK, SMALL)
         for i in range(config.depth + 1):

@@ -703,6 +703,15 @@ def test_resumed_run_equals_an_unbroken_one_bit_for_bit(finished, tmp_path, cut,
     assert lines[0] == lines[1]
 
 
+def test_a_run_that_never_saved_leaves_no_lines_to_the_next(tmp_path, monkeypatch, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 2}\n{"step": 4}\n')
+    code, _, error = call(train_command, monkeypatch, capsys, *TINY, "--steps", 2, "--out", tmp_path / "run")
+    assert code == 0, error
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [2] and "loss" in lines[0]
+
+
 def test_killed_and_interrupted_runs_resume_from_a_whole_checkpoint(tmp_path):
     out = tmp_path / "run"
     line = [sys.executable, str(HERE / "train_cifar.py"), *TINY, "--out", str(out), "--steps", "4000"]

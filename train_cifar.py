@@ -583,8 +583,8 @@ def main() -> int:
     run = resume(given) if given.pop("resume", False) else start(given)
     s = run.settings
     run.out.mkdir(parents=True, exist_ok=True)
-    with writing(run.out / "metrics.jsonl", "ab"):
-        pass  # a folder that cannot be written to is noticed now, not at the first save
+    with writing(run.out / "metrics.jsonl", "ab" if run.step else "wb"):
+        pass  # a folder that cannot be written to is noticed now; lines of a run that never saved go
     stop: list[int] = []
 
     def on_signal(number: int, _: object) -> None:
