@@ -57,7 +57,7 @@ def keep_freed_memory() -> None:
     """Let the C library keep the memory that tensors free, for speed on a CPU.
 
     glibc hands large blocks back to the system as soon as they are free, and gets new, empty pages for the next
-    layer's tensors; the system spends much of the time on that. Elsewhere than with glibc, nothing happens.
+    layer's tensors, which costs time. Elsewhere than with glibc, nothing happens.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -235,7 +235,7 @@ def read_ratios(path: Path, depth: int) -> Tensor:
 def round_k(ratios: Tensor, tokens: int, multiple: int) -> Tensor:
     """The ratio table (L, C) whose k are those of `ratios`, rounded to a multiple, at least 1 and at most N.
 
-    Attention kernels compute in blocks: on a CPU, 45 tokens can cost as much as 64, and 48 much less.
+    Attention kernels compute in blocks, so some k cost more time than larger ones.
     """
     k = (tokens * (1 - ratios) / multiple).round() * multiple
     return 1 - k.clamp(1, tokens) / tokens

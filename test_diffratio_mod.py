@@ -870,6 +870,42 @@ def test_sampling_refuses_bad_input_in_one_line_and_loses_nothing(
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.parametrize(
+    ("entry", "value", "word"),
+    [
+        ("settings", {"batch-size": 6.5}, "--batch-size"),
+        ("settings", {"amp": None}, "--amp"),
+        ("settings", {"steps": "\x1b[2J"}, "--steps"),
+        ("step", 10**6, "step"),
+        ("seconds", math.nan, "nan"),
+        ("sums", torch.zeros(2, 9), "sums"),
+        ("sums", torch.full((2, 3), math.nan), "sums"),
+        ("optimizer", torch.zeros(3), "cannot be resumed"),
+        ("optimizer", {"state": {0: {"exp_avg": torch.zeros(3)}}}, "cannot be resumed"),
+        ("model", {}, "tensors"),
+    ],
+)
+def test_resume_refuses_a_checkpoint_with_a_damaged_entry(finished, tmp_path, entry, value, word, monkeypatch, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    checkpoint = torch.load(finished / "checkpoint.pt", weights_only=True)
+    changed = checkpoint["settings"] | value if entry == "settings" else value
+    torch.save(checkpoint | {entry: changed}, tmp_path / "run" / "checkpoint.pt")
+    before = snapshot(tmp_path)
+    result = call(train_command, monkeypatch, capsys, "--dataset", "shapes", "--out", tmp_path / "run", "--resume")
+    assert_refused(result, word)
+    assert snapshot(tmp_path) == before
+
+
+def test_words_of_a_hostile_checkpoint_cannot_steer_the_terminal(finished, tmp_path, monkeypatch, capsys):
+    checkpoint = torch.load(finished / "checkpoint.pt", weights_only=True)
+    words = ["\x1b[2J", *checkpoint["config"]["vocabulary"][1:]]
+    torch.save(checkpoint | {"config": checkpoint["config"] | {"vocabulary": words}}, tmp_path / "hostile.pt")
+    options = ["--checkpoint", tmp_path / "hostile.pt", "--prompt", "dragon"]
+    result = call(sample_command, monkeypatch, capsys, *options)
+    assert_refused(result, "dragon")
+    assert result[2].rstrip("\n").isprintable()
+
+
 class Payload:
     """Unpickled carelessly, this creates a file."""
 

@@ -1,6 +1,6 @@
 """What the routed layer is compared with: the paper's two branches, token merging, random dropping. No command.
 
-Each class has the parameters of RoutedLayer, so a model is changed by `use(model, TwoBranchLayer)` and back.
+Each class has the parameters and the arguments of RoutedLayer, so a model is changed by `use(model, TwoBranchLayer)` and back.
 """
 
 from __future__ import annotations
@@ -45,15 +45,7 @@ class TwoBranchLayer(RoutedLayer):
         k = round(x.shape[1] * (1 - number / BINS))
         return x if k == 0 else super().forward(x, condition, caption, k)
 
-    def forward(
-        self,
-        x: Tensor,
-        condition: Tensor,
-        caption: Tensor,
-        k: int | None,
-        ratio: Tensor | None = None,
-        routing: list | None = None,
-    ) -> Tensor:
+    def forward(self, x, condition, caption, k, ratio=None, routing=None):
         N = x.shape[1]
         if k is None or ratio is None:
             k = None if k is None else max(1, round(N * (1 - round(BINS * (1 - k / N)) / BINS)))
@@ -70,15 +62,7 @@ class MergedLayer(RoutedLayer):
     N - k tokens are merged into similar ones before the layer; what a merged token gains, all of its parts gain.
     """
 
-    def forward(
-        self,
-        x: Tensor,
-        condition: Tensor,
-        caption: Tensor,
-        k: int | None,
-        ratio: Tensor | None = None,
-        routing: list | None = None,
-    ) -> Tensor:
+    def forward(self, x, condition, caption, k, ratio=None, routing=None):
         from tomesd.merge import bipartite_soft_matching_random2d
 
         N, side = x.shape[1], math.isqrt(x.shape[1])
@@ -93,15 +77,7 @@ class MergedLayer(RoutedLayer):
 class RandomLayer(RoutedLayer):
     """Random dropping: the k tokens that are processed are drawn anew for every image, layer and step."""
 
-    def forward(
-        self,
-        x: Tensor,
-        condition: Tensor,
-        caption: Tensor,
-        k: int | None,
-        ratio: Tensor | None = None,
-        routing: list | None = None,
-    ) -> Tensor:
+    def forward(self, x, condition, caption, k, ratio=None, routing=None):
         B, N, D = x.shape
         if k is None or k == N:
             return super().forward(x, condition, caption, None)
