@@ -78,10 +78,12 @@ class Shapes:
     """Anti-aliased coloured shapes on varied backgrounds, made on the fly: one, or two in a stated relation.
 
     pairs: "seen" draws only (colour, shape) pairs that training may use, "held-out" only the others.
+    colourless: the share of objects whose colour the caption does not name ("a circle"). A model that has learned to
+    draw a shape without being told its colour can later draw it in a colour in which it has never seen it.
     """
 
-    def __init__(self, image_size: int = 32, pairs: str = "seen") -> None:
-        self.image_size = image_size
+    def __init__(self, image_size: int = 32, pairs: str = "seen", colourless: float = 0.0) -> None:
+        self.image_size, self.colourless = image_size, colourless
         every = [(colour, shape) for colour in COLOURS for shape in SHAPES]
         self.pairs = [pair for pair in every if (pair in HELD_OUT) == (pairs == "held-out")]
         self.caption_length = 8
@@ -125,9 +127,14 @@ class Shapes:
         colour = (colour + 0.05 * torch.randn(count, 2, 3, generator=rng)).clamp(0, 1)
         for i in range(2):
             image = torch.lerp(image, colour[:, i, :, None, None], masks[:, i, None])
+        unnamed = (torch.rand(count, 2, generator=rng) < self.colourless).tolist()
+        phrases = [
+            [f"a {shape}" if hidden else f"a {colour} {shape}" for (colour, shape), hidden in zip(*row)]
+            for row in zip(names, unnamed)
+        ]
         captions = [
-            f"a {a} {b} {RELATIONS[r]} a {c} {d}" if both else f"a {a} {b}"
-            for ((a, b), (c, d)), r, both in zip(names, relation.tolist(), two.tolist())
+            f"{first} {RELATIONS[r]} {second}" if both else first
+            for (first, second), r, both in zip(phrases, relation.tolist(), two.tolist())
         ]
         return image * 2 - 1, captions, masks
 
@@ -225,7 +232,7 @@ DATASETS = ("shapes", "cifar10", "cifar100", "fashion_mnist", "svhn", "folder")
 def load_data(name: str, data_dir: Path, size: int) -> Shapes | Pictures:
     """A data set by its name, with images of size x size. Raises InputError."""
     if name == "shapes":
-        return Shapes(size)
+        return Shapes(size, colourless=0.3)
     return load_folder(data_dir, size) if name == "folder" else load_torchvision(name, data_dir, size)
 
 

@@ -16,9 +16,11 @@ noise level. Training-free, on the dense arm's model at a uniform ratio: merging
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,17 +30,17 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from baselines import MergedLayer, RandomLayer, TwoBranchLayer, scaled, use
 
-from diffratio_mod import DiT, RoutedLayer, diffusion_loss, even_noise_levels
+from diffratio_mod import DiT, RoutedLayer, diffusion_loss, even_noise_levels, schedule
 from sample import Parser, build_model, read_checkpoint, replacing, run_command, sampling_flops
 from train_cifar import Pictures, Shapes, load_folder, start
 
-LEARNING = ("dense", "uniform", "layer", "layer-timestep", "two-branch")
-FIXED = ("learned table", "shuffled", "reversed", "linear", "random router", "frozen router")
+LEARNING = ("dense", "layer-timestep", "uniform", "layer")
+FIXED = ("shuffled", "reversed", "linear", "random router", "frozen router", "learned table")
 TRAINING_FREE = ("merging", "random dropping")
-ARMS = LEARNING + FIXED + TRAINING_FREE
+ARMS = LEARNING + FIXED + ("two-branch",) + TRAINING_FREE
 
 
-def table_of(arm: str, learned: Tensor, target: float, seed: int) -> Tensor:
+def table_of(arm: str, learned: Tensor, seed: int) -> Tensor:
     """The fixed table (L, R) of a control, from the one that layer-timestep has learned."""
     if arm == "shuffled":
         order = torch.randperm(learned.numel(), generator=torch.Generator().manual_seed(seed))
@@ -46,7 +48,7 @@ def table_of(arm: str, learned: Tensor, target: float, seed: int) -> Tensor:
     if arm == "reversed":
         return learned.flip(1)
     if arm == "linear":
-        return scaled(torch.linspace(0.05, 1, learned.shape[1]).expand_as(learned), target)
+        return scaled(torch.linspace(0.05, 1, learned.shape[1]).expand_as(learned), float(learned.mean()))
     return learned
 
 
@@ -56,32 +58,37 @@ def held_out(args: argparse.Namespace, size: int) -> Shapes | Pictures:
 
 
 @torch.no_grad()
-def losses_by_region(
-    model: DiT, data: Shapes | Pictures, batches: int, ratios: Tensor | None = None
-) -> list[list[float]]:
-    """Mean loss of each region for each batch of 16 images a region: batches x R."""
+def held_out_losses(model: DiT, data: Shapes | Pictures, batches: int) -> dict[str, list[list[float]]]:
+    """Mean loss of each region for each batch of 16 images a region: batches x R, in the noise and in the velocity v."""
     R, rng = model.config.regions, torch.Generator().manual_seed(12345)
     torch.manual_seed(0)  # for layers that choose at random
-    learned = model.ratios.detach().clone()
-    if ratios is not None:
-        model.ratios.data = ratios
-    rows = []
+    rows: dict[str, list[list[float]]] = {"noise": [], "v": []}
     for _ in range(batches):
         images, captions, _ = data.batch(16 * R, rng)
         t, eps = even_noise_levels(16 * R, rng), torch.randn(images.shape, generator=rng)
         losses = diffusion_loss(model, images, model.config.encode(captions), torch.ones_like(images[:, :1]), t, eps)
-        rows.append(losses.view(R, -1).mean(dim=1).tolist())
-    model.ratios.data = learned
+        for name, weighted in (("noise", losses), ("v", losses / schedule(t)[0] ** 2)):
+            rows[name].append([round(value, 7) for value in weighted.view(R, -1).mean(dim=1).tolist()])
     return rows
 
 
-def fine_tune(arm: str, seed: int, args: argparse.Namespace, learned: Tensor | None) -> DiT:
-    """Train one arm and return its averaged model."""
+def mean(rows: list[list[float]]) -> float:
+    return sum(map(sum, rows)) / sum(map(len, rows))
+
+
+def folder(args: argparse.Namespace, seed: int, arm: str) -> Path:
+    return args.runs / f"{args.dataset}-{args.target}" / f"{seed}-{arm.replace(' ', '-')}"
+
+
+def fine_tune(arm: str, seed: int, args: argparse.Namespace, learned: Tensor | None) -> tuple[DiT, list[DiT]]:
+    """Train one arm; return its averaged model, and what that was each time the mean ratio had grown by 0.05."""
     given = {"dataset": args.dataset, "data-dir": str(args.data_dir), "init": str(args.init), "seed": seed}
     given |= {"steps": args.steps, "batch-size": args.batch_size, "target-ratio": args.target, "noise-weight": 0.0}
-    given |= {"ratio-lr": args.ratio_lr, "device": args.device, "save-every": 10**9, "log-every": 10}
+    given |= {"ratio-lr": args.ratio_lr, "device": args.device, "out": str(folder(args, seed, arm))}
     given["mode"] = arm if arm in ("dense", "uniform", "layer") else "layer-timestep"
-    given["out"] = str(args.runs / f"{args.dataset}-{args.target}-{seed}-{arm.replace(' ', '-')}")
+    if arm == "uniform":
+        assert learned is not None
+        given["target-ratio"] = float(learned.mean())  # what layer-timestep has reached, so that FLOPs are equal
     for name in ("checkpoint.pt", "metrics.jsonl"):  # of an arm that was stopped
         (Path(given["out"]) / name).unlink(missing_ok=True)
     run = start(given)
@@ -89,47 +96,58 @@ def fine_tune(arm: str, seed: int, args: argparse.Namespace, learned: Tensor | N
     use(run.model, kind), use(run.ema, kind)
     if arm in FIXED:
         assert learned is not None
-        run.model.ratios.data.copy_(table_of(arm, learned, args.target, seed))
+        run.model.ratios.data.copy_(table_of(arm, learned, seed))
         run.model.ratios.requires_grad_(False)
     if arm == "frozen router":
         for layer in run.model.layers:
             layer.router.requires_grad_(False)
     run.out.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=args.steps, desc=f"seed {seed}, {arm}", leave=False) as bar:
+    kept: list[DiT] = []
+    with tqdm(total=args.steps, desc=f"seed {seed}, {arm}", leave=False, mininterval=5) as bar:
         while run.step < args.steps:
-            bar.set_postfix_str(f"loss {run.train_step():.4f}")
+            bar.set_postfix_str(f"loss {run.train_step():.4f}", refresh=False)
             bar.update()
             if run.step % 10 == 0:
                 run.log()
+            if arm == "layer-timestep" and float(run.ema.ratios.detach().mean()) >= 0.05 * (len(kept) + 1):
+                kept.append(copy.deepcopy(run.ema))
     run.save()
-    return run.ema
+    return run.ema, kept
 
 
-def measure(arm: str, seed: int, args: argparse.Namespace, results: dict) -> dict:
+def measure(arm: str, seed: int, args: argparse.Namespace) -> dict:
     """Train and measure one arm."""
-    path = args.runs / f"{args.dataset}-{args.target}-{seed}-dense" / "checkpoint.pt"
     if arm in TRAINING_FREE:
-        model = build_model(read_checkpoint(path), path)
+        path = folder(args, seed, "dense") / "checkpoint.pt"
+        model, kept = build_model(read_checkpoint(path), path), []
         model = use(rebuilt(model, "uniform"), MergedLayer if arm == "merging" else RandomLayer)
         model.ratios.data.fill_(args.target)
     else:
-        learned = results.get(f"{seed}, layer-timestep", {}).get("ratios")
-        model = fine_tune(arm, seed, args, None if learned is None else torch.tensor(learned))
+        path = folder(args, seed, "layer-timestep") / "result.json"
+        learned = torch.tensor(json.loads(path.read_text())["ratios"]) if path.exists() else None
+        model, kept = fine_tune(arm, seed, args, learned)
     data = held_out(args, model.config.image_size)
-    zero = torch.zeros(model.config.depth, 1)
     flops = sampling_flops(model, model.config.regions, 1)
-    return {
-        "losses": losses_by_region(model, data, args.batches),
+    result = {
+        "losses": held_out_losses(model, data, args.batches),
         "mean ratio": float(model.ratios.detach().mean()),
         "ratios": model.ratios.tolist(),
-        "FLOPs saved": 1 - flops / sampling_flops(use(model, RoutedLayer), model.config.regions, 1, zero),
     }
+    if kept:
+        result["on the way"] = [
+            {
+                "mean ratio": float(m.ratios.detach().mean()),
+                "loss": mean(held_out_losses(m, data, args.batches)["noise"]),
+            }
+            for m in kept
+        ]
+    zero = torch.zeros(model.config.depth, 1)
+    result["FLOPs saved"] = 1 - flops / sampling_flops(use(model, RoutedLayer), model.config.regions, 1, zero)
+    return result
 
 
 def rebuilt(model: DiT, mode: str) -> DiT:
     """The same weights in another mode."""
-    from dataclasses import replace
-
     other = DiT(replace(model.config, mode=mode))
     other.load_state_dict(model.state_dict())
     return other.eval()
@@ -138,65 +156,71 @@ def rebuilt(model: DiT, mode: str) -> DiT:
 def paired(a: list[list[float]], b: list[list[float]]) -> tuple[float, float]:
     """Mean of (a - b) / mean b over batches, and half of its 95 % confidence interval."""
     rows = [sum(x) / len(x) - sum(y) / len(y) for x, y in zip(a, b)]
-    base = sum(map(sum, b)) / sum(map(len, b))
-    mean = sum(rows) / len(rows)
-    deviation = math.sqrt(sum((row - mean) ** 2 for row in rows) / (len(rows) - 1))
-    return mean / base, 1.96 * deviation / math.sqrt(len(rows)) / base
+    difference = sum(rows) / len(rows)
+    deviation = math.sqrt(sum((row - difference) ** 2 for row in rows) / (len(rows) - 1))
+    return difference / mean(b), 1.96 * deviation / math.sqrt(len(rows)) / mean(b)
 
 
-def report(results: dict, seeds: list[int]) -> str:
-    """A table of the arms: loss of each seed, and the difference to uniform, paired."""
+def report(results: dict) -> str:
+    """A table of the arms: held-out loss, and for each seed the paired difference to dense and to uniform."""
     lines = [
-        "| arm | mean ratio | FLOPs saved | " + " | ".join(f"loss, seed {s}" for s in seeds) + " | against uniform |"
+        "| arm | mean ratio | FLOPs saved | loss | against dense, a seed each | against uniform |",
+        "|---" * 6 + "|",
     ]
-    lines.append("|---" * (4 + len(seeds)) + "|")
     for arm in ARMS:
-        rows = {seed: results[f"{seed}, {arm}"] for seed in seeds if f"{seed}, {arm}" in results}
+        rows = {name.split(", ")[0]: row for name, row in results.items() if name.split(", ")[1] == arm}
         if not rows:
             continue
-        losses = [f"{sum(map(sum, r['losses'])) / sum(map(len, r['losses'])):.4f}" for r in rows.values()]
-        losses += [""] * (len(seeds) - len(losses))
         against = []
-        for seed, row in rows.items():
-            if base := results.get(f"{seed}, uniform"):
-                mean, half = paired(row["losses"], base["losses"])
-                against.append(f"{mean:+.1%} ± {half:.1%}")
-        first = next(iter(rows.values()))
-        ratio = sum(row["mean ratio"] for row in rows.values()) / len(rows)
-        saved = f"{first['FLOPs saved']:.1%}"
-        lines.append(f"| {arm} | {ratio:.3f} | {saved} | " + " | ".join(losses) + f" | {', '.join(against)} |")
+        for base in ("dense", "uniform"):
+            pairs = [
+                paired(row["losses"]["noise"], results[f"{seed}, {base}"]["losses"]["noise"])
+                for seed, row in rows.items()
+                if f"{seed}, {base}" in results and arm != base
+            ]
+            against.append(", ".join(f"{difference:+.2%} ± {half:.2%}" for difference, half in pairs))
+        average = [sum(row[key] for row in rows.values()) / len(rows) for key in ("mean ratio", "FLOPs saved")]
+        loss = sum(mean(row["losses"]["noise"]) for row in rows.values()) / len(rows)
+        lines.append(f"| {arm} | {average[0]:.3f} | {average[1]:.1%} | {loss:.5f} | {against[0]} | {against[1]} |")
     return "\n".join(lines)
 
 
 def draw_chart(results: dict, path: Path) -> None:
-    """Loss by timestep region against the dense arm of the same seed, mean over seeds; the learned ratios beside it."""
+    """Loss by timestep region against dense; learned ratios by region; quality on the way. Means over the seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.4))
+    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(16, 4.4))
     for arm in ARMS:
         curves = []
         for name, row in results.items():
             seed, kind = name.split(", ", 1)
             if kind == arm and arm != "dense" and f"{seed}, dense" in results:
-                mine, dense = (torch.tensor(r["losses"]).mean(dim=0) for r in (row, results[f"{seed}, dense"]))
+                pair = (torch.tensor(r["losses"]["noise"]).mean(dim=0) for r in (row, results[f"{seed}, dense"]))
+                mine, dense = pair
                 curves.append(100 * (mine / dense - 1))
         if curves and arm not in TRAINING_FREE:
             curve = torch.stack(curves).mean(dim=0)
             left.plot([(c + 0.5) / len(curve) for c in range(len(curve))], curve, marker="o", label=arm)
-        for name, row in results.items():
-            if arm == "layer-timestep" and name.endswith(", layer-timestep"):
-                mean = torch.tensor(row["ratios"]).mean(dim=0)
-                right.plot([(c + 0.5) / len(mean) for c in range(len(mean))], mean, marker="o", label="seed " + name[0])
+    for name, row in results.items():
+        seed, kind = name.split(", ", 1)
+        if kind == "layer-timestep":
+            by_region = torch.tensor(row["ratios"]).mean(dim=0)
+            middle.plot(
+                [(c + 0.5) / len(by_region) for c in range(len(by_region))], by_region, "o-", label="seed " + seed
+            )
+            way = [*row.get("on the way", []), {"mean ratio": row["mean ratio"], "loss": mean(row["losses"]["noise"])}]
+            right.plot([w["mean ratio"] for w in way], [w["loss"] for w in way], "o-", label="seed " + seed)
     left.set(xlabel="noise level t", ylabel="held-out loss above the dense arm, %")
-    right.set(xlabel="noise level t", ylabel="learned ratio, mean over layers", ylim=(0, 1))
-    for axis in (left, right):
+    middle.set(xlabel="noise level t", ylabel="learned ratio, mean over layers", ylim=(0, 1))
+    right.set(xlabel="mean ratio, on the way to its target", ylabel="held-out loss")
+    for axis in (left, middle, right):
         axis.legend(fontsize=8)
         axis.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=90)
 
 
 def main() -> None:
@@ -205,25 +229,31 @@ def main() -> None:
     parser.add_argument("--dataset", default="shapes")
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
     parser.add_argument("--target", type=float, default=0.3)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=ARMS)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch-size", type=int, default=40)
     parser.add_argument("--ratio-lr", type=float, default=0.01)
     parser.add_argument("--batches", type=int, default=24, help="held-out batches of 16 images a region")
     parser.add_argument("--runs", type=Path, default=Path("runs/compare"))
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
+    for seed in args.seeds:
+        for arm in (arm for arm in ARMS if arm in args.arms):
+            out = folder(args, seed, arm)
+            if not (out / "result.json").exists():
+                result = measure(arm, seed, args)
+                out.mkdir(parents=True, exist_ok=True)
+                with replacing(out / "result.json") as file:
+                    file.write(json.dumps(result).encode())
+    done = sorted(folder(args, 0, "dense").parent.glob("*/result.json"))
+    names = [path.parent.name.split("-", 1) for path in done]
+    arms = {arm.replace(" ", "-"): arm for arm in ARMS}
+    results = {f"{seed}, {arms[arm]}": json.loads(path.read_text()) for (seed, arm), path in zip(names, done)}
+    print(report(results))
     path = Path(__file__).with_name(f"compare-{args.dataset}-{args.target}.json")
-    results = json.loads(path.read_text()) if path.exists() else {}
-    seeds = list(range(args.seeds))
-    for seed in seeds:
-        for arm in sorted(args.arms, key=ARMS.index):
-            if f"{seed}, {arm}" not in results:
-                results[f"{seed}, {arm}"] = measure(arm, seed, args, results)
-                with replacing(path) as file:
-                    file.write(json.dumps(results).encode())
-    print(report(results, seeds))
+    with replacing(path) as file:
+        file.write(json.dumps({"steps": args.steps, "batch size": args.batch_size} | results).encode())
     draw_chart(results, path.with_suffix(".png"))
 
 

@@ -4,7 +4,11 @@
 
 The classifier sees an image and names its layout (one object, two above each other, two side by side) and the colour
 and shape of the first (upper or left) and the second object. A prompt is followed if all of it is right. The
-classifier's own error on fresh true renderings is printed first. Results go to experiments/judge.json.
+classifier's own error on fresh true renderings is printed first; it is trained once and kept in runs/.
+
+Inpainting: the object of a true rendering is cut out by a box. Another object is asked for in its place, and is there or
+not; or the same one, and then the error is the root mean square difference to the rendering, pixels in [-1, 1], within
+the box. Results go to experiments/judge.json.
 """
 
 import argparse
@@ -13,12 +17,14 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sample import Parser, build_model, generate, pick_device, read_checkpoint, run_command, to_float
+from diffratio_mod import DiT
+from sample import Parser, build_model, generate, pick_device, read_checkpoint, replacing, run_command, to_float
 from train_cifar import COLOURS, HELD_OUT, RELATIONS, SHAPES, Shapes
 
 PAIRS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
@@ -60,9 +66,12 @@ class Judge(nn.Module):
         return ((said == truth) | (truth == -100)).all(dim=1)
 
 
-def train_judge(size: int, steps: int, device: torch.device) -> Judge:
+def trained_judge(size: int, steps: int, device: torch.device) -> Judge:
     torch.manual_seed(0)
-    judge = Judge(size).to(device)
+    judge, path = Judge(size).to(device), Path(f"runs/judge-{size}-{steps}.pt")
+    if path.exists():
+        judge.load_state_dict(torch.load(path, map_location=device, weights_only=True))
+        return judge.eval()
     optimizer = torch.optim.AdamW(judge.parameters(), 2e-3)
     rng = torch.Generator().manual_seed(1)
     data = [Shapes(size), Shapes(size, "held-out")]
@@ -76,6 +85,9 @@ def train_judge(size: int, steps: int, device: torch.device) -> Judge:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    path.parent.mkdir(exist_ok=True)
+    with replacing(path) as file:
+        torch.save(judge.state_dict(), file)
     return judge.eval()
 
 
@@ -95,19 +107,48 @@ def held_out(caption: str) -> bool:
     return (words[1], words[2]) in HELD_OUT or (words[-2], words[-1]) in HELD_OUT
 
 
+def inpainting(model: DiT, judge: Judge, count: int, options: dict) -> dict[str, float]:
+    """Cut the object out of true renderings: is another one drawn there, and the same one as it was?"""
+    size = model.config.image_size
+    images, captions, masks = Shapes(size).batch(4 * count, torch.Generator().manual_seed(5))
+    rows = [i for i, caption in enumerate(captions) if len(caption.split()) == 3][:count]
+    known, object_mask = images[rows], masks[rows, :1] > 0
+    pixel = torch.arange(size)
+    hole = torch.zeros(len(rows), 1, size, size)
+    for i, mask in enumerate(object_mask[:, 0]):
+        y, x = pixel[mask.any(dim=1)], pixel[mask.any(dim=0)]
+        hole[i, 0, max(0, y[0] - 1) : y[-1] + 2, max(0, x[0] - 1) : x[-1] + 2] = 1
+    same = [captions[i] for i in rows]
+    other = ["a {} {}".format(*PAIRS[i % len(PAIRS)]) for i in range(len(rows))]
+    drawn = {}
+    for name, prompts in (("same", same), ("other", other)):
+        parts = [
+            generate(model, prompts[i : i + 48], 1, i, known[i : i + 48], hole[i : i + 48], **options)
+            for i in range(0, len(rows), 48)
+        ]
+        drawn[name] = to_float(np.concatenate(parts))
+    device = next(judge.parameters()).device
+    error = ((drawn["same"] - known).square() * hole).sum() / (3 * hole.sum())
+    return {
+        "inpainting, another object asked for": float(judge.right(drawn["other"].to(device), other).float().mean()),
+        "inpainting, the same object, root mean square error within the box": float(error.sqrt()),
+    }
+
+
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", type=Path, nargs="+")
     parser.add_argument("--num", type=int, default=240, help="prompts of each kind")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--guidance", type=float, default=3.0)
-    parser.add_argument("--judge-steps", type=int, default=2500)
+    parser.add_argument("--judge-steps", type=int, default=1000)
+    parser.add_argument("--inpaint", type=int, default=96, help="images to inpaint")
     parser.add_argument("--dense", action="store_true", help="the same weights, nothing skipped")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     device = pick_device(args.device)
     models = {str(path): build_model(read_checkpoint(path), path).to(device) for path in args.checkpoints}
-    judge = train_judge(next(iter(models.values())).config.image_size, args.judge_steps, device)
+    judge = trained_judge(next(iter(models.values())).config.image_size, args.judge_steps, device)
     results = {"prompts of each kind": args.num, "steps": args.steps, "guidance": args.guidance, "device": str(device)}
 
     rng = torch.Generator().manual_seed(3)
@@ -128,6 +169,9 @@ def main() -> None:
             kind = "two objects" if two else "one object"
             for which, rows in (("seen", ~unseen), ("held-out", unseen)):
                 results[f"{name}, {kind}, {which} pairs ({int(rows.sum())})"] = float(right[rows].float().mean())
+        if args.inpaint:
+            found = inpainting(model, judge, args.inpaint, options)
+            results |= {f"{name}, {kind} ({args.inpaint})": value for kind, value in found.items()}
     for name, value in results.items():
         print(f"{name}: {value:.3f}" if isinstance(value, float) else f"{name}: {value}", flush=True)
     Path(__file__).with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
