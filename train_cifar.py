@@ -61,7 +61,7 @@ from sample import (
 # Data. A data set has a `vocabulary`, a `caption_length`, `prompts` to show, and a `batch` of images and captions.
 # ---------------------------------------------------------------------------------------------------------------------
 
-COLOURS = {  # RGB in [0, 1], far from each other in hue; backgrounds are nearly grey, so that a hue means an object
+COLOURS = {  # RGB in [0, 1], around the circle of hues, far from each other; backgrounds are nearly grey, so that a hue means an object
     "red": (0.90, 0.15, 0.15),
     "yellow": (0.95, 0.85, 0.10),
     "green": (0.15, 0.70, 0.20),
@@ -78,8 +78,9 @@ class Shapes:
     """Anti-aliased coloured shapes on varied backgrounds, made on the fly: one, or two in a stated relation.
 
     pairs: "seen" draws only (colour, shape) pairs that training may use, "held-out" only the others.
-    colourless: the share of objects whose colour the caption does not name ("a circle"). A model that has learned to
-    draw a shape without being told its colour can later draw it in a colour in which it has never seen it.
+    colourless: the share of objects whose colour the caption does not name ("a circle"). It lies between that of the
+    object's pair and the next hue, never nearer to that one: with shapes in many hues, a model learns that shape and
+    colour have nothing to do with each other.
     """
 
     def __init__(self, image_size: int = 32, pairs: str = "seen", colourless: float = 0.0) -> None:
@@ -124,13 +125,18 @@ class Shapes:
         masks[:, 1] *= two[:, None, None]
 
         image = self._backgrounds(count, rng)
-        colour = (colour + 0.05 * torch.randn(count, 2, 3, generator=rng)).clamp(0, 1)
+        colour = colour + 0.05 * torch.randn(count, 2, 3, generator=rng)
+        unnamed = torch.rand(count, 2, generator=rng) < self.colourless
+        hues = list(COLOURS.values())  # in the order of the colour circle
+        step = 2 * torch.randint(2, (count, 2), generator=rng) - 1
+        place = torch.tensor([[list(COLOURS).index(colour) for colour, _ in row] for row in names])
+        towards = uniform(0, 0.5, 2) * unnamed
+        colour = torch.lerp(colour, torch.tensor(hues)[(place + step) % len(hues)], towards[:, :, None]).clamp(0, 1)
         for i in range(2):
             image = torch.lerp(image, colour[:, i, :, None, None], masks[:, i, None])
-        unnamed = (torch.rand(count, 2, generator=rng) < self.colourless).tolist()
         phrases = [
             [f"a {shape}" if hidden else f"a {colour} {shape}" for (colour, shape), hidden in zip(*row)]
-            for row in zip(names, unnamed)
+            for row in zip(names, unnamed.tolist())
         ]
         captions = [
             f"{first} {RELATIONS[r]} {second}" if both else first
@@ -232,7 +238,7 @@ DATASETS = ("shapes", "cifar10", "cifar100", "fashion_mnist", "svhn", "folder")
 def load_data(name: str, data_dir: Path, size: int) -> Shapes | Pictures:
     """A data set by its name, with images of size x size. Raises InputError."""
     if name == "shapes":
-        return Shapes(size, colourless=0.3)
+        return Shapes(size, colourless=0.4)
     return load_folder(data_dir, size) if name == "folder" else load_torchvision(name, data_dir, size)
 
 
