@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import math
 import sys
@@ -77,7 +78,8 @@ def mean(rows: list[list[float]]) -> float:
 
 
 def folder(args: argparse.Namespace, seed: int, arm: str) -> Path:
-    return args.runs / f"{args.dataset}-{args.target}" / f"{seed}-{arm.replace(' ', '-')}"
+    study = args.dataset if arm == "dense" else f"{args.dataset}-{args.target}"  # dense is the same at all targets
+    return args.runs / study / f"{seed}-{arm.replace(' ', '-')}"
 
 
 def fine_tune(arm: str, seed: int, args: argparse.Namespace, learned: Tensor | None) -> tuple[DiT, list[DiT]]:
@@ -234,7 +236,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch-size", type=int, default=40)
     parser.add_argument("--ratio-lr", type=float, default=0.01)
-    parser.add_argument("--batches", type=int, default=24, help="held-out batches of 16 images a region")
+    parser.add_argument("--batches", type=int, default=16, help="held-out batches of 16 images a region")
     parser.add_argument("--runs", type=Path, default=Path("runs/compare"))
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
@@ -246,10 +248,11 @@ def main() -> None:
                 out.mkdir(parents=True, exist_ok=True)
                 with replacing(out / "result.json") as file:
                     file.write(json.dumps(result).encode())
-    done = sorted(folder(args, 0, "dense").parent.glob("*/result.json"))
-    names = [path.parent.name.split("-", 1) for path in done]
-    arms = {arm.replace(" ", "-"): arm for arm in ARMS}
-    results = {f"{seed}, {arms[arm]}": json.loads(path.read_text()) for (seed, arm), path in zip(names, done)}
+    results = {}
+    for arm, seed in itertools.product(ARMS, range(100)):  # also what other calls have measured
+        path = folder(args, seed, arm) / "result.json"
+        if path.exists():
+            results[f"{seed}, {arm}"] = json.loads(path.read_text())
     print(report(results))
     path = Path(__file__).with_name(f"compare-{args.dataset}-{args.target}.json")
     with replacing(path) as file:
