@@ -61,7 +61,7 @@ from sample import (
 # Data. A data set has a `vocabulary`, a `caption_length`, `prompts` to show, and a `batch` of images and captions.
 # ---------------------------------------------------------------------------------------------------------------------
 
-COLOURS = {  # RGB in [0, 1], around the circle of hues, far from each other; backgrounds are nearly grey, so that a hue means an object
+COLOURS = {  # RGB in [0, 1], far from each other in hue; backgrounds are nearly grey, so that a hue means an object
     "red": (0.90, 0.15, 0.15),
     "yellow": (0.95, 0.85, 0.10),
     "green": (0.15, 0.70, 0.20),
@@ -77,16 +77,13 @@ HELD_OUT = (("purple", "circle"), ("green", "square"), ("yellow", "triangle"), (
 class Shapes:
     """Anti-aliased coloured shapes on varied backgrounds, made on the fly: one, or two in a stated relation.
 
-    pairs: "seen" draws only (colour, shape) pairs that training may use, "held-out" only the others.
-    colourless: the share of objects whose colour the caption does not name ("a circle"). It lies between that of the
-    object's pair and the next hue, never nearer to that one: with shapes in many hues, a model learns that shape and
-    colour have nothing to do with each other.
+    pairs: "seen" draws only (colour, shape) pairs that training may use, "held-out" only the others, "all" both.
     """
 
-    def __init__(self, image_size: int = 32, pairs: str = "seen", colourless: float = 0.0) -> None:
-        self.image_size, self.colourless = image_size, colourless
+    def __init__(self, image_size: int = 32, pairs: str = "seen") -> None:
+        self.image_size = image_size
         every = [(colour, shape) for colour in COLOURS for shape in SHAPES]
-        self.pairs = [pair for pair in every if (pair in HELD_OUT) == (pairs == "held-out")]
+        self.pairs = [pair for pair in every if pairs == "all" or (pair in HELD_OUT) == (pairs == "held-out")]
         self.caption_length = 8
         self.vocabulary = tuple(dict.fromkeys(["a", *COLOURS, *SHAPES, *" ".join(RELATIONS).split()]))
         self.prompts = [f"a {colour} {shape}" for colour, shape in zip([*COLOURS, "red", "blue"], SHAPES * 2)] + [
@@ -125,22 +122,12 @@ class Shapes:
         masks[:, 1] *= two[:, None, None]
 
         image = self._backgrounds(count, rng)
-        colour = colour + 0.05 * torch.randn(count, 2, 3, generator=rng)
-        unnamed = torch.rand(count, 2, generator=rng) < self.colourless
-        hues = list(COLOURS.values())  # in the order of the colour circle
-        step = 2 * torch.randint(2, (count, 2), generator=rng) - 1
-        place = torch.tensor([[list(COLOURS).index(colour) for colour, _ in row] for row in names])
-        towards = uniform(0, 0.5, 2) * unnamed
-        colour = torch.lerp(colour, torch.tensor(hues)[(place + step) % len(hues)], towards[:, :, None]).clamp(0, 1)
+        colour = (colour + 0.05 * torch.randn(count, 2, 3, generator=rng)).clamp(0, 1)
         for i in range(2):
             image = torch.lerp(image, colour[:, i, :, None, None], masks[:, i, None])
-        phrases = [
-            [f"a {shape}" if hidden else f"a {colour} {shape}" for (colour, shape), hidden in zip(*row)]
-            for row in zip(names, unnamed.tolist())
-        ]
         captions = [
-            f"{first} {RELATIONS[r]} {second}" if both else first
-            for (first, second), r, both in zip(phrases, relation.tolist(), two.tolist())
+            f"a {a} {b} {RELATIONS[r]} a {c} {d}" if both else f"a {a} {b}"
+            for ((a, b), (c, d)), r, both in zip(names, relation.tolist(), two.tolist())
         ]
         return image * 2 - 1, captions, masks
 
@@ -238,7 +225,7 @@ DATASETS = ("shapes", "cifar10", "cifar100", "fashion_mnist", "svhn", "folder")
 def load_data(name: str, data_dir: Path, size: int) -> Shapes | Pictures:
     """A data set by its name, with images of size x size. Raises InputError."""
     if name == "shapes":
-        return Shapes(size, colourless=0.4)
+        return Shapes(size)
     return load_folder(data_dir, size) if name == "folder" else load_torchvision(name, data_dir, size)
 
 
