@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# --- Configuration and captions ----------------------------------------------------------------------------------------
+# --- Configuration ----------------------------------------------------------------------------------------
 
 MODES = ("dense", "uniform", "layer", "layer-timestep")
 
@@ -49,7 +49,7 @@ class Config:
     dim: int = 128  # D
     depth: int = 6  # L
     heads: int = 4  # H; must divide dim
-    caption_length: int = 8  # W; shorter captions are padded with "no word"
+    caption_length: int = 8  # W; shorter captions are padded with "no word"; the null caption is nothing else
     mode: str = "layer-timestep"  # one of MODES: how the ratio table looks, see DiT.__init__
     regions: int = 10  # R, regions of equal width into which the noise levels are cut
 
@@ -65,21 +65,6 @@ class Config:
     def tokens(self) -> int:
         """N, the number of image tokens."""
         return (self.image_size // self.patch_size) ** 2
-
-    def encode(self, captions: Sequence[str]) -> Tensor:
-        """Captions to word ids (B, W). The empty caption, all zeros, is the null caption of classifier-free guidance.
-
-        Raises InputError for a word that is not in the vocabulary and for a caption of more than W words.
-        """
-        ids, rows = {word: i + 1 for i, word in enumerate(self.vocabulary)}, []
-        for caption in captions:
-            words = caption.lower().split()
-            if unknown := [word for word in words if word not in ids]:
-                raise InputError(f"unknown word {unknown[0]!r} in {caption!r}; known: {' '.join(self.vocabulary)}")
-            if len(words) > self.caption_length:
-                raise InputError(f"caption {caption!r} has {len(words)} words; at most {self.caption_length} fit")
-            rows.append([ids[word] for word in words] + [0] * (self.caption_length - len(words)))
-        return torch.tensor(rows, dtype=torch.long).reshape(len(rows), self.caption_length)
 
 
 # --- One DiT layer, in the manner of PixArt ----------------------------------------------------------------------------
@@ -365,7 +350,7 @@ def diffusion_loss(
 ) -> Tensor:
     """Mean squared error of the predicted noise, one number an image: (B,), in ascending order of t.
 
-    images (B, 3, S, S) in [-1, 1]; words (B, W) from Config.encode; mask (B, 1, S, S), 1 = generate; t (B,) on the
+    images (B, 3, S, S) in [-1, 1]; words (B, W), ids as in Config; mask (B, 1, S, S), 1 = generate; t (B,) on the
     CPU, ascending, in (0, 1]; eps (B, 3, S, S), the noise. route=False runs the model densely, without its routers.
 
     k must be one number for all images that run together, but a batch should hold all noise levels: steps on single
@@ -404,7 +389,7 @@ def sample(
     """Generate images (B, 3, S, S) in [-1, 1] with DPM-Solver++(2M), the tokens that a layer skips really skipped.
 
     Args:
-        words: (B, W), from Config.encode. noise: the start (B, 3, S, S), standard normal.
+        words: (B, W), ids as in Config. noise: the start (B, 3, S, S), standard normal.
         guidance: classifier-free guidance; 1 is the plain conditional model, at half the cost.
         known, mask: for inpainting, see DiT.forward; known pixels are returned unchanged.
         ratios: another table (L, any number of columns) in place of the learned one; zeros skip nothing. A model of

@@ -260,6 +260,22 @@ def read_picture(path: Path, size: int, mode: str) -> Image.Image:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def encode(config: Config, captions: Sequence[str]) -> Tensor:
+    """Captions to word ids (B, W). The empty caption, all zeros, is the null caption of classifier-free guidance.
+
+    Raises InputError for a word that is not in the vocabulary and for a caption of more than W words.
+    """
+    ids, rows = {word: i + 1 for i, word in enumerate(config.vocabulary)}, []
+    for caption in captions:
+        words = caption.lower().split()
+        if unknown := [word for word in words if word not in ids]:
+            raise InputError(f"unknown word {unknown[0]!r} in {caption!r}; known: {' '.join(config.vocabulary)}")
+        if len(words) > config.caption_length:
+            raise InputError(f"caption {caption!r} has {len(words)} words; at most {config.caption_length} fit")
+        rows.append([ids[word] for word in words] + [0] * (config.caption_length - len(words)))
+    return torch.tensor(rows, dtype=torch.long).reshape(len(rows), config.caption_length)
+
+
 def generate(
     model: DiT,
     prompts: Sequence[str],
@@ -282,7 +298,7 @@ def generate(
     if known is not None and mask is not None:
         options["known"] = known.to(device).expand(len(prompts), -1, -1, -1)
         options["mask"] = mask.to(device).expand(len(prompts), -1, -1, -1)
-    words = model.config.encode(prompts).to(device)
+    words = encode(model.config, prompts).to(device)
     return to_uint8(sample(model, words, torch.stack(noise).to(device), **options))
 
 
@@ -476,7 +492,7 @@ def main() -> None:
     model = build_model(checkpoint, args.checkpoint).to(pick_device(args.device))
     config = model.config
     prompts = args.prompt or [p for p in checkpoint.get("prompts", []) if isinstance(p, str)][:16] or [""]
-    config.encode(prompts)  # a bad word is reported before anything is computed
+    encode(config, prompts)  # a bad word is reported before anything is computed
 
     options: dict = {"steps": args.steps, "guidance": args.guidance}
     if args.ratios:

@@ -67,7 +67,7 @@ def small_batch(model: method.DiT, count: int = 8, seed: int = 2) -> dict:
     images = torch.rand(count, 3, size, size, generator=generator) * 2 - 1
     return {
         "images": images,
-        "words": model.config.encode(["a red circle"] * count),
+        "words": sample_command.encode(model.config, ["a red circle"] * count),
         "mask": torch.ones(count, 1, size, size),
         "t": method.even_noise_levels(count, generator),
         "eps": torch.randn(images.shape, generator=generator),
@@ -206,7 +206,7 @@ def test_method_hook_reports_the_tokens_that_were_processed():
     model.ratios.data.uniform_(0, 0.9)
     table, seen = method.tokens_processed(model.ratios, 16), []
     noise = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    words = model.config.encode(["a red circle", "a blue square"])
+    words = sample_command.encode(model.config, ["a red circle", "a blue square"])
     method.sample(model, words, noise, steps=8, hook=lambda t, image, routing: seen.append((t, routing)))
     assert len(seen) == 8
     for t, routing in seen:
@@ -355,7 +355,7 @@ def test_method_guidance_one_is_the_plain_conditional_prediction():
 def test_method_guidance_moves_away_from_the_null_caption():
     model = small_model("dense")
     noise = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    words = model.config.encode(["a red circle"])
+    words = sample_command.encode(model.config, ["a red circle"])
     with torch.no_grad():
         t, mask = torch.ones(1), torch.ones(1, 1, 16, 16)
         c, u = (model(noise, t, model.encode_caption(w), 0 * noise, mask) for w in (words, 0 * words))
@@ -370,7 +370,10 @@ def test_method_inpainting_returns_known_pixels_unchanged_and_never_sees_hidden_
     known = torch.rand(2, 3, 16, 16, generator=generator) * 2 - 1
     mask = torch.zeros(2, 1, 16, 16)
     mask[:, :, 4:11, 3:9] = 1
-    noise, words = torch.randn(2, 3, 16, 16, generator=generator), model.config.encode(["a red circle"] * 2)
+    noise, words = (
+        torch.randn(2, 3, 16, 16, generator=generator),
+        sample_command.encode(model.config, ["a red circle"] * 2),
+    )
     images = method.sample(model, words, noise, 5, known=known, mask=mask)
     inside = mask.bool().expand_as(images)
     assert torch.equal(images[~inside], known[~inside]) and not torch.equal(images[inside], known[inside])
@@ -380,11 +383,11 @@ def test_method_inpainting_returns_known_pixels_unchanged_and_never_sees_hidden_
 
 def test_method_captions_and_config_refuse_what_they_cannot_hold():
     config = small_model().config
-    assert config.encode(["A red  CIRCLE", ""]).tolist() == [[1, 2, 4, 0], [0, 0, 0, 0]]
+    assert sample_command.encode(config, ["A red  CIRCLE", ""]).tolist() == [[1, 2, 4, 0], [0, 0, 0, 0]]
     with pytest.raises(method.InputError, match=r"'green'.*a red blue circle square"):
-        config.encode(["a green circle"])
+        sample_command.encode(config, ["a green circle"])
     with pytest.raises(method.InputError, match="at most 4"):
-        config.encode(["a red a red a"])
+        sample_command.encode(config, ["a red a red a"])
     for bad in ({"patch_size": 5}, {"heads": 3}, {"mode": "fast"}, {"dim": 126, "heads": 2}):
         with pytest.raises(method.InputError):
             method.Config(WORDS, **bad)
@@ -418,7 +421,11 @@ def test_method_gradient_of_a_ratio_agrees_with_the_finite_difference_in_k(train
     slope = torch.zeros(3, 4)
     for _ in range(rounds):
         images, captions, _ = trained.data.batch(size, generator)
-        batch = {"images": images, "words": model.config.encode(captions), "mask": torch.ones(size, 1, 16, 16)}
+        batch = {
+            "images": images,
+            "words": sample_command.encode(model.config, captions),
+            "mask": torch.ones(size, 1, 16, 16),
+        }
         batch |= {"t": method.even_noise_levels(size, generator), "eps": torch.randn(images.shape, generator=generator)}
         (method.diffusion_loss(model, **batch).mean() / rounds).backward()
         with torch.no_grad():

@@ -48,6 +48,7 @@ from sample import (
     draw_ratios,
     draw_routing,
     draw_samples,
+    encode,
     generate,
     pick_device,
     read_checkpoint,
@@ -357,7 +358,7 @@ class Run:
         # All randomness of a step comes from the seed and the step, so a resumed run draws what an unbroken one would.
         rng = torch.Generator().manual_seed(s["seed"] * 1_000_000_007 + self.step)
         images, captions, _ = self.data.batch(B, rng)
-        words = config.encode(captions)
+        words = encode(config, captions)
         words[torch.rand(B, generator=rng) < 0.1] = 0  # the null caption, for classifier-free guidance
         mask = random_masks(B, config.image_size, rng)
         t = even_noise_levels(B, rng)

@@ -10,9 +10,10 @@ seen, by timestep region, with the same images and noise for all arms: differenc
 this file.
 
 Arms: dense; layer-timestep; uniform, at the mean ratio that layer-timestep has reached; layer; two-branch (the paper's
-gradient). Controls, all with a fixed table: the table that layer-timestep learned with the same seed ("learned table"), the same shuffled over its cells, reversed in
-time, with randomly chosen tokens, with routers that stay at their start; and a hand-made table that is linear in the
-noise level. Training-free, on the dense arm's model at a uniform ratio: merging (package tomesd), random dropping.
+gradient). Controls, all with a fixed table: the table that layer-timestep has learned with the same seed ("learned
+table"), the same shuffled over its cells, reversed in time, with randomly chosen tokens, with routers that stay at their
+start; and a hand-made table that is linear in the noise level. Training-free, on the dense arm's model at a uniform
+ratio: merging (package tomesd), random dropping.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from baselines import MergedLayer, RandomLayer, TwoBranchLayer, scaled, use
 
 from diffratio_mod import DiT, RoutedLayer, diffusion_loss, even_noise_levels, schedule
-from sample import Parser, build_model, read_checkpoint, replacing, run_command, sampling_flops
+from sample import Parser, build_model, encode, read_checkpoint, replacing, run_command, sampling_flops
 from train_cifar import Pictures, Shapes, load_folder, start
 
 LEARNING = ("dense", "layer-timestep", "uniform", "layer")
@@ -69,7 +70,7 @@ def held_out_losses(model: DiT, data: Shapes | Pictures, batches: int) -> dict[s
     for _ in range(batches):
         images, captions, _ = data.batch(16 * R, rng)
         t, eps = even_noise_levels(16 * R, rng), torch.randn(images.shape, generator=rng)
-        losses = diffusion_loss(model, images, model.config.encode(captions), torch.ones_like(images[:, :1]), t, eps)
+        losses = diffusion_loss(model, images, encode(model.config, captions), torch.ones_like(images[:, :1]), t, eps)
         for name, weighted in (("noise", losses), ("v", losses / schedule(t)[0] ** 2)):
             rows[name].append([round(value, 7) for value in weighted.view(R, -1).mean(dim=1).tolist()])
     return rows

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import diffratio_mod
-from sample import Parser, build_model, read_checkpoint, run_command
+from sample import Parser, build_model, encode, read_checkpoint, run_command
 from train_cifar import load_data
 
 
@@ -35,7 +35,7 @@ def main() -> None:
     slope = torch.zeros(L, R)
     for _ in tqdm(range(args.rounds)):
         images, captions, _ = data.batch(size, rng)
-        batch = {"images": images, "words": config.encode(captions), "t": diffratio_mod.even_noise_levels(size, rng)}
+        batch = {"images": images, "words": encode(config, captions), "t": diffratio_mod.even_noise_levels(size, rng)}
         batch |= {"mask": torch.ones_like(images[:, :1]), "eps": torch.randn(images.shape, generator=rng)}
         (diffratio_mod.diffusion_loss(model, **batch).mean() / args.rounds).backward()
         learned, step = model.ratios.detach().clone(), args.shift / config.tokens

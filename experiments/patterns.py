@@ -24,7 +24,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from diffratio_mod import DiT, schedule, tokens_processed
-from sample import Parser, build_model, read_checkpoint, run_command
+from sample import Parser, build_model, encode, read_checkpoint, run_command
 from train_cifar import Shapes
 
 
@@ -50,7 +50,7 @@ def scores_by_cell(model: DiT, images: int, box: bool) -> tuple[list[list[Tensor
         hole.zero_()[:, :, S // 4 : S - S // 4, S // 4 : S - S // 4] = 1
     truth = hole if box else masks.sum(dim=1, keepdim=True)
     truth = F.avg_pool2d(truth, config.patch_size).flatten(1)
-    caption, k = model.encode_caption(config.encode(captions)), tokens_processed(model.ratios, config.tokens)
+    caption, k = model.encode_caption(encode(config, captions)), tokens_processed(model.ratios, config.tokens)
     cells: list[list[Tensor]] = [[] for _ in range(config.depth)]
     for c in range(R):
         t = torch.full((images,), (c + 0.5) / R)
