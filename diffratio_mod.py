@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# --- Configuration ----------------------------------------------------------------------------------------
+# --- Configuration -----------------------------------------------------------------------------------------------------
 
 MODES = ("dense", "uniform", "layer", "layer-timestep")
 
