@@ -202,6 +202,18 @@ def parts(case: Case, args: argparse.Namespace) -> dict:
     return {"case": str(case), "k": k, "milliseconds": 1000 * statistics.median(seconds["whole"])} | shares
 
 
+def attention(case: Case, args: argparse.Namespace) -> dict:
+    """Time of the attention kernel at k tokens, over that at N, beside what the arithmetic says: (k / N) squared."""
+    B, H, N, d = case.batch, case.heads, case.tokens, case.dim // case.heads
+    sizes = sorted({round(N * share) for share in (1, 0.9, 0.75, 0.7, 0.625, 0.5)}, reverse=True)
+    inputs = {k: [torch.randn(B, H, k, d, device=args.device) for _ in range(3)] for k in sizes}
+    functions = {str(k): lambda qkv=qkv: F.scaled_dot_product_attention(*qkv) for k, qkv in inputs.items()}
+    with torch.no_grad():
+        seconds = interleaved(functions, 8 * args.rounds, args.device, f"attention, {case}")
+    row: dict = {"case": str(case), "milliseconds": 1000 * statistics.median(seconds[str(N)])}
+    return row | {f"{k} tokens": [relative(seconds[str(k)], seconds[str(N)])[0], (k / N) ** 2] for k in sizes if k < N}
+
+
 def training(case: Case, args: argparse.Namespace) -> dict:
     """Forward, backward and optimizer: dense, one pass with learning ratios, the paper's two branches."""
     device, B = args.device, case.batch
@@ -260,6 +272,13 @@ def dense_rate(case: Case, args: argparse.Namespace) -> dict:
     return row | {"GFLOP/s": rate / 1e9, "matrix product, GFLOP/s": limit / 1e9, "share": rate / limit}
 
 
+def rounded(value: object) -> str:
+    """A figure for the screen."""
+    if isinstance(value, list):
+        return " / ".join(map(rounded, value))
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
 def draw_chart(rows: list[dict], path: Path) -> None:
     """Time saved over FLOPs saved, a curve for each case."""
     import matplotlib
@@ -299,7 +318,7 @@ def main() -> None:
     if args.device.type == "cuda":
         results["device"] = torch.cuda.get_device_name()
     results |= {"bfloat16": args.amp, "compile": args.compile, "rounds": args.rounds, "steps": STEPS}
-    results |= {"sampling": [], "crossover": {}, "parts": [], "training": [], "dense rate": []}
+    results |= {"sampling": [], "crossover": {}, "parts": [], "attention": [], "training": [], "dense rate": []}
     for case in cases:
         rows = sampling(case, args)
         results["sampling"] += rows
@@ -313,12 +332,11 @@ def main() -> None:
                 f"time saved {row['time saved']:6.1%} +- {row['spread']:.1%}  {quotient:15} {memory}"
             )
         if case.batch > 2:
-            for name, function in (("parts", parts), ("training", training), ("dense rate", dense_rate)):
-                results[name].append(function(case, args))
-                shown = {
-                    k: f"{v:.3f}" if isinstance(v, float) else v for k, v in results[name][-1].items() if k != "case"
-                }
-                print(f"  {name}: " + ", ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
+            for function in (parts, attention, training, dense_rate):
+                name, row = function.__name__.replace("_", " "), function(case, args)
+                results[name].append(row)
+                shown = ", ".join(f"{key} {rounded(value)}" for key, value in row.items() if key != "case")
+                print(f"  {name}: {shown}", flush=True)
     args.out.write_text(json.dumps(results, indent=1) + "\n")
     draw_chart(results["sampling"], args.out.with_suffix(".png"))
 
