@@ -9,9 +9,13 @@ of ratios, the model, the diffusion loss, the sampler. The commands are in the c
 
 Each layer has a router that scores every image token. The k tokens with the highest scores go through the layer, the
 others leave it as they came. k follows from the layer's compression *ratio*, the share of tokens that bypass it (0 =
-dense). Every layer has one learnable ratio for each region of noise levels, and all start at zero. Two forces shape
-them: the squared distance of their mean from a target raises them, the diffusion loss lowers those where skipping
-hurts. What results is a table that skips where it costs least.
+dense). Every layer has one learnable ratio for each region of noise levels, and all start at zero, so that a pretrained
+model starts unchanged. Two forces shape them: the squared distance of their mean from a target raises them, the
+diffusion loss lowers those where skipping hurts. What results is a table that skips where it costs least.
+
+What differs from the paper: the gate is twice the score; a ratio gets its gradient in one pass, from tokens beyond the
+k-th, not from two passes at multiples of 10 %; ratios are clamped after the step, not in the forward pass; the network
+is small and predicts the velocity; inpainting is added. The reasons stand at each place.
 
 Letters used in shape comments:
     B images   N image tokens   D width   H heads   L layers   R timestep regions   C columns of the ratio table
@@ -87,7 +91,7 @@ class Layer(nn.Module):
         self.caption_out = nn.Linear(dim, dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
         # adaLN-single (PixArt): the timestep's six modulations come from one projection that all layers share, which
-        # starts at zero; a layer owns only this offset. So a new layer's gates are zero: it adds nothing.
+        # starts at zero; a layer owns only this offset to it. So a new layer's gates are zero: it adds nothing.
         self.modulation = nn.Parameter(torch.zeros(6, dim))
         nn.init.zeros_(self.caption_out.weight)
         nn.init.zeros_(self.caption_out.bias)
@@ -97,12 +101,14 @@ class Layer(nn.Module):
         q, k, v = (z.unflatten(2, (self.heads, -1)).transpose(1, 2) for z in (q, k, v))  # (B, H, n or m, D/H)
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
-    def forward(self, x: Tensor, condition: Tensor, caption: Tensor, keys: int) -> Tensor:
-        """x (B, n, D), condition (B, 6, D), caption (B, W, D); returns the update (B, n, D).
+    def forward(self, x: Tensor, modulation: Tensor, caption: Tensor, keys: int) -> Tensor:
+        """x (B, n, D), modulation (B, 6, D), caption (B, W, D); returns the update (B, n, D).
 
         All n tokens look, but only the first `keys` of them are looked at (see RoutedLayer).
         """
-        shift1, scale1, gate1, shift2, scale2, gate2 = (condition + self.modulation).unsqueeze(2).unbind(1)  # (B, 1, D)
+        shift1, scale1, gate1, shift2, scale2, gate2 = (
+            (modulation + self.modulation).unsqueeze(2).unbind(1)
+        )  # (B, 1, D)
 
         q, k, v = self.qkv(_modulate(x, shift1, scale1)).chunk(3, dim=-1)  # (B, n, D) each
         update = gate1 * self.attention_out(self.attend(q, k[:, :keys], v[:, :keys]))
@@ -121,22 +127,23 @@ def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, _normalise(x), 1 + scale)
 
 
-# --- Token routing (paper 3.2) with a differentiable ratio (paper 3.3; the one-pass gradient is this project's) --------
+# --- Token routing (paper 3.2) with a differentiable ratio (paper 3.3) -------------------------------------------------
 
 BOUNDARY = 0.05  # share of all tokens that are looked at beyond the k-th, in training, to see what skipping them costs
 
 
 def ratio_gate(ratio: Tensor, tokens: int, beyond: int) -> Tensor:
-    """The straight-through gate of the tokens just beyond the k-th: the number 0 with a slope in `ratio`.
+    """The straight-through factor on the gates of the tokens just beyond the k-th: the number 0 with a slope in `ratio`.
 
-    What does the loss gain if the layer skips a little less? One more token would be processed: its gate would go
-    from 0 to its full value. To first order that changes the loss by its derivative at gate 0, so the gate of the
-    tokens just beyond the boundary gets the value 0 and, backwards, a slope. N tokens pass the boundary as the ratio
-    goes from 1 to 0, hence -N, shared among the e tokens that stand for the next one: -N / e.
+    How does the loss change if the layer skips a little less? One more token is processed: its gate goes from 0 to its
+    full value. To first order that changes the loss by its derivative at gate 0, and a factor of 0 lets just that flow
+    to the ratio. N tokens pass the boundary as the ratio goes from 1 to 0, so the slope is -N, shared among the e tokens
+    that stand for the next one: -N / e. If processing them lowers the loss, the ratio's gradient is positive, and
+    gradient descent lowers the ratio.
 
-    The factor 1/2: the derivative at gate 0 is not yet the finite difference between gate 0 and the full gate. The
-    trapezoid rule takes the mean of the derivatives at both ends, and that of a processed token is taken to be zero:
-    training has made the loss flat there. That is also why the k processed tokens cannot tell what skipping costs.
+    The factor 1/2: skipping costs the difference of the loss between gate 0 and the full gate, and the trapezoid rule
+    takes the mean of the derivatives at both ends. That of a processed token is taken to be 0: training flattens the
+    loss there. (So the k processed tokens could not tell what skipping costs.)
 
     The paper instead runs the layer twice, at the multiples of 10 % below and above the ratio, and mixes the outputs.
 
@@ -164,13 +171,13 @@ class RoutedLayer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        condition: Tensor,
+        modulation: Tensor,
         caption: Tensor,
         k: int | None,
         ratio: Tensor | None = None,
         routing: list | None = None,
     ) -> Tensor:
-        """x (B, N, D), condition (B, 6, D), caption (B, W, D); returns (B, N, D).
+        """x (B, N, D), modulation (B, 6, D), caption (B, W, D); returns (B, N, D).
 
         k: how many tokens are processed, 1 to N, the same for the whole batch, so that the shapes are known before
         anything is computed and nothing waits for the device. None: no router at all, the dense layer.
@@ -180,18 +187,18 @@ class RoutedLayer(nn.Module):
         """
         B, N, D = x.shape
         if k is None:
-            return x + self.layer(x, condition, caption, keys=N)
+            return x + self.layer(x, modulation, caption, keys=N)
         score = torch.sigmoid(self.router(x))  # (B, N, 1)
-        if k == N:  # nothing to choose; every token is processed, in its place
+        if k == N:  # nothing to choose; each token is processed in its place, and none beyond k can move the ratio
             if routing is not None:
                 routing.append((score.squeeze(2), torch.arange(N, device=x.device).expand(B, N)))
-            return x + 2 * score * self.layer(x, condition, caption, keys=N)
+            return x + 2 * score * self.layer(x, modulation, caption, keys=N)
 
         # In training the layer also takes e tokens beyond the k-th. They look but are not looked at, so the k come out
         # as in sampling; and their gate is 0, so they leave as they came and teach nothing but the ratio.
         e = 0 if ratio is None else min(N - k, math.ceil(BOUNDARY * N))
         order = score.squeeze(2).argsort(dim=1, descending=True, stable=True)  # stable: equal scores in order
-        rows = (order[:, : k + e] + N * torch.arange(B, device=x.device).unsqueeze(1)).flatten()  # rows of (B * N, D)
+        rows = (order[:, : k + e] + N * torch.arange(B, device=x.device).unsqueeze(1)).flatten()  # of x as (B * N, D)
         if routing is not None:
             routing.append((score.squeeze(2), order[:, :k]))
 
@@ -199,7 +206,7 @@ class RoutedLayer(nn.Module):
         gate = 2 * score.flatten(0, 1).index_select(0, rows).view(B, k + e, 1)
         if ratio is not None:
             gate = torch.cat([gate[:, :k], gate[:, k:] * ratio_gate(ratio, N, e)], dim=1)
-        gain = gate * self.layer(taken, condition, caption, keys=k)  # (B, k + e, D)
+        gain = gate * self.layer(taken, modulation, caption, keys=k)  # (B, k + e, D)
         return x.flatten(0, 1).index_add(0, rows, gain.flatten(0, 1).to(x.dtype)).view(B, N, D)
 
 
@@ -207,7 +214,10 @@ class RoutedLayer(nn.Module):
 
 
 def column_of(t: float, columns: int) -> int:
-    """The column of a ratio table for the noise level t in (0, 1]: column c covers (c / C, (c + 1) / C], 0 is clean."""
+    """The column of a ratio table for the noise level t in (0, 1]: column c covers (c / C, (c + 1) / C], 0 is clean.
+
+    1e-6 absorbs the rounding of a t that lies on an edge.
+    """
     return min(columns - 1, max(0, math.ceil(t * columns - 1e-6) - 1))
 
 
@@ -312,10 +322,10 @@ class DiT(nn.Module):
         patches = self.out(_modulate(h, shift, scale))  # (B, N, 3 * p * p)
         out = F.pixel_shuffle(patches.transpose(1, 2).unflatten(2, (side, side)), p)  # (B, 3, S, S)
         # At high noise x is nearly eps itself, and what matters is how it differs. So the network's own output is the
-        # velocity v = signal * eps - noise * x_0 (Salimans and Ho 2022), from which eps follows; without this line it
+        # velocity v = a * eps - s * x_0 (Salimans and Ho 2022), from which eps follows; without this line it
         # would have to repeat x to many digits.
-        signal, noise = (z.view(-1, 1, 1, 1) for z in schedule(t))
-        return noise * x + signal * out
+        a, s = (z.view(-1, 1, 1, 1) for z in schedule(t))
+        return s * x + a * out
 
 
 def _waves(position: Tensor, dim: int, longest: float) -> Tensor:
@@ -335,7 +345,7 @@ def _positions(side: int, dim: int) -> Tensor:
 
 
 def schedule(t: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine noise schedule: x_t = signal * x_0 + noise * eps. t in [0, 1]; t = 1 leaves 2 % of the signal."""
+    """Cosine noise schedule (a, s): x_t = a * x_0 + s * eps. t in [0, 1]; t = 1 leaves 2 % of the signal."""
     angle = t * math.acos(0.02)
     return angle.cos(), angle.sin()
 
@@ -348,13 +358,14 @@ def even_noise_levels(count: int, generator: torch.Generator) -> Tensor:
 def diffusion_loss(
     model: DiT, images: Tensor, words: Tensor, mask: Tensor, t: Tensor, eps: Tensor, route: bool = True
 ) -> Tensor:
-    """Mean squared error of the predicted noise, one number an image: (B,), in ascending order of t.
+    """Mean squared error of the predicted noise, one number an image: (B,).
 
     images (B, 3, S, S) in [-1, 1]; words (B, W), ids as in Config; mask (B, 1, S, S), 1 = generate; t (B,) on the
-    CPU, ascending, in (0, 1]; eps (B, 3, S, S), the noise. route=False runs the model densely, without its routers.
+    CPU, ascending, in (0, 1]; eps (B, 3, S, S), the noise. route=False runs the model densely, without its routers:
+    the first part of a training from nothing.
 
-    k must be one number for all images that run together, but a batch should hold all noise levels: steps on single
-    regions would pull the weights to and fro. So its regions run one after another, and their gradients add up.
+    Images that run together share k. But one step should see all noise levels, for steps on single regions would pull
+    the weights to and fro. So the regions of a batch run one after another, and their gradients add up.
     """
     route = route and model.config.mode != "dense"
     columns = model.ratios.shape[1] if route else 1
@@ -364,13 +375,13 @@ def diffusion_loss(
     t = t.to(images.device)
     losses = []
     for c in sorted(set(region)):
-        rows = slice(region.index(c), region.index(c) + region.count(c))
-        x0, noise, level = images[rows], eps[rows], t[rows]
+        rows = slice(region.index(c), region.index(c) + region.count(c))  # neighbours, as t ascends
+        x0, level = images[rows], t[rows]
         a, s = (z.view(-1, 1, 1, 1) for z in schedule(level))
         caption = model.encode_caption(words[rows])
         ratios = model.ratios[:, c] if learning else None
-        guess = model(a * x0 + s * noise, level, caption, x0, mask[rows], k[c] if k else None, ratios)
-        losses.append((guess.float() - noise).square().mean(dim=(1, 2, 3)))
+        guess = model(a * x0 + s * eps[rows], level, caption, x0, mask[rows], k[c] if k else None, ratios)
+        losses.append((guess.float() - eps[rows]).square().mean(dim=(1, 2, 3)))
     return torch.cat(losses)
 
 
@@ -392,8 +403,8 @@ def sample(
         words: (B, W), ids as in Config. noise: the start (B, 3, S, S), standard normal.
         guidance: classifier-free guidance; 1 is the plain conditional model, at half the cost.
         known, mask: for inpainting, see DiT.forward; known pixels are returned unchanged.
-        ratios: another table (L, any number of columns) in place of the learned one; zeros skip nothing. A model of
-            mode dense has no use for it.
+        ratios: another table (L, any number of columns) in place of the learned one; zeros skip nothing (the gates
+            remain). A model of mode dense has no use for it.
         hook: called at every step with t, the current guess of the image, and for each layer its scores and processed
             tokens (see RoutedLayer), those of the conditional half.
     """
@@ -405,7 +416,7 @@ def sample(
     caption = model.encode_caption(torch.cat([words, torch.zeros_like(words)]) if guided else words)
     known2, mask2 = twice(known), twice(mask)
 
-    x, last, last_h = noise, noise, math.inf
+    x, last, last_h = noise, noise, math.inf  # inf: nothing to extrapolate from in the first step
     for t, t_next in itertools.pairwise(torch.linspace(1, 0, steps + 1).tolist()):
         routing: list | None = None if hook is None else []
         k_t = None if model.config.mode == "dense" else k[column_of(t, len(k))]
@@ -420,7 +431,7 @@ def sample(
         if hook is not None:
             hook(t, x0, [(score[: len(x)], index[: len(x)]) for score, index in routing or []])
         # DDIM takes x0 for the image; 2M extrapolates from the last x0 and this one, but not in the first step and the
-        # last. h is the step in log(signal / noise).
+        # last. h is the step in log(a / s).
         h = math.log(a_next / s_next) - math.log(a / s) if s_next > 0 else 0.0
         image = x0 + h / (2 * last_h) * (x0 - last)
         x = a_next * image + s_next * (x - a * image) / s
