@@ -1,6 +1,6 @@
 """Train a DiffRatio-MoD model: first densely, or from a dense checkpoint, then learn its compression ratios.
 
-    python train_cifar.py --dataset shapes --init assets/shapes_dense.pt   # the main job, 8 minutes on two CPU cores
+    python train_cifar.py --dataset shapes --init assets/shapes_dense.pt   # the main job, 10 minutes on two CPU cores
     python train_cifar.py                                                  # CIFAR-10, for a GPU
     python train_cifar.py --dataset folder --data-dir pictures             # pictures/train/<class>/*.png or *.jpg
     python train_cifar.py --dataset shapes --resume                        # go on where a run was stopped
