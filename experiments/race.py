@@ -108,7 +108,7 @@ def main() -> None:
     generate(model, prompts[:ROUND], 0, steps=1)  # warm up
     for first in range(0, args.num, ROUND):
         for name, ratios in tables.items():
-            use(model, RandomLayer if name.startswith("random") else RoutedLayer)
+            use(model, RandomLayer if name.partition(":")[0] == "random" else RoutedLayer)
             start = time.perf_counter()
             images[name].append(generate(model, prompts[first : first + ROUND], 0, first, ratios=ratios, **options))
             seconds[name].append((time.perf_counter() - start) / ROUND)
