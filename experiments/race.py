@@ -68,6 +68,8 @@ def table_of(name: str, model: DiT) -> Tensor:
         return (scaled(learned, mean) if target else learned).flip(1)
     if kind == "uniform":
         return torch.full_like(learned, mean)
+    if not Path(name).is_file():
+        raise InputError(f"{name!r} is neither a file nor one of dense, learned, reversed, uniform, random")
     return read_ratios(Path(name), model.config.depth)
 
 

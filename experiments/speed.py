@@ -73,7 +73,10 @@ CASES = (
 
 def learned_table(depth: int, mean: float) -> Tensor:
     """The ready-made shapes model's table in this many layers and STEPS columns, scaled to a mean."""
-    table = read_checkpoint(READY_MADE)["ema"]["ratios"].float()
+    checkpoint = read_checkpoint(READY_MADE)
+    tokens = Config(**checkpoint["config"]).tokens
+    # Whole tokens: a cell that skips less than half a token skips nothing, and must not skip two where there are more.
+    table = (checkpoint["ema"]["ratios"].float() * tokens).round() / tokens
     table = F.interpolate(table[None, None], (depth, STEPS), mode="area")[0, 0]
     return scaled(table, mean)
 
