@@ -74,11 +74,10 @@ CASES = (
 def learned_table(depth: int, mean: float) -> Tensor:
     """The ready-made shapes model's table in this many layers and STEPS columns, scaled to a mean."""
     checkpoint = read_checkpoint(READY_MADE)
-    tokens = Config(**checkpoint["config"]).tokens
-    # Whole tokens: a cell that skips less than half a token skips nothing, and must not skip two where there are more.
-    table = (checkpoint["ema"]["ratios"].float() * tokens).round() / tokens
-    table = F.interpolate(table[None, None], (depth, STEPS), mode="area")[0, 0]
-    return scaled(table, mean)
+    table = F.interpolate(checkpoint["ema"]["ratios"].float()[None, None], (depth, STEPS), mode="area")[0, 0]
+    # A cell that skips less than half a token where it was learned skips nothing; so it must be where tokens are more.
+    nothing = scaled(table, mean) < 0.5 / Config(**checkpoint["config"]).tokens
+    return scaled(table.masked_fill(nothing, 0), mean)
 
 
 def interleaved(
