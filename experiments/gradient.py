@@ -1,6 +1,6 @@
 """The one-pass gradient of a ratio against the finite difference of the loss in k, for every layer and region.
 
-    python experiments/gradient.py runs/cifar_routed/checkpoint.pt --data-dir data/cifar10-jpeg   # minutes on a CPU
+    python experiments/gradient.py assets/cifar_routed.pt --data-dir data/cifar10-jpeg   # minutes on a CPU
 
 The finite difference: the loss with `shift` tokens fewer against `shift` tokens more in one layer, all others as
 learned, on the same images and noise. Printed, over the cells that are not near a bound:
@@ -23,6 +23,7 @@ from train_cifar import load_data
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--dataset", default="folder")
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
     parser.add_argument("--rounds", type=int, default=8, help="batches of 160 images")
     parser.add_argument("--shift", type=int, default=2, help="tokens")
@@ -30,7 +31,7 @@ def main() -> None:
     checkpoint = read_checkpoint(args.checkpoint)
     model = build_model(checkpoint, args.checkpoint)
     config, size, rng = model.config, 160, torch.Generator().manual_seed(11)
-    data = load_data(checkpoint["settings"]["dataset"], args.data_dir, config.image_size)
+    data = load_data(args.dataset, args.data_dir, config.image_size)
     L, R = model.ratios.shape
     slope = torch.zeros(L, R)
     for _ in tqdm(range(args.rounds)):
