@@ -9,7 +9,7 @@ renderings is printed first.
 
 Inpainting: the object of a true rendering is cut out by a box. Another object is asked for in its place, and is there or
 not; or the same one, and then the error is the root mean square difference to the rendering, pixels in [-1, 1], within
-the box. Results go to experiments/judge.json.
+the box. Results go to --out, by default experiments/judge.json.
 """
 
 import argparse
@@ -166,6 +166,7 @@ def main() -> None:
     parser.add_argument("--judge-steps", type=int, default=1000)
     parser.add_argument("--inpaint", type=int, default=96, help="images to inpaint")
     parser.add_argument("--dense", action="store_true", help="the same weights, nothing skipped")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     device = pick_device(args.device)
@@ -200,7 +201,7 @@ def main() -> None:
             results |= {f"{name}, {kind} ({args.inpaint})": value for kind, value in found.items()}
     for name, value in results.items():
         print(f"{name}: {value:.3f}" if isinstance(value, float) else f"{name}: {value}", flush=True)
-    Path(__file__).with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    args.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
