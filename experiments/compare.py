@@ -34,7 +34,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from baselines import MergedLayer, RandomLayer, TwoBranchLayer, scaled, use
 
-from diffratio_mod import DiT, RoutedLayer, diffusion_loss, even_noise_levels, schedule
+from diffratio_mod import DiT, InputError, RoutedLayer, diffusion_loss, even_noise_levels, schedule
 from sample import Parser, build_model, encode, read_checkpoint, replacing, run_command, sampling_flops
 from train_cifar import Pictures, Shapes, load_folder, start
 
@@ -91,16 +91,16 @@ def fine_tune(arm: str, seed: int, args: argparse.Namespace, learned: Tensor | N
     given |= {"steps": args.steps, "batch-size": args.batch_size, "target-ratio": args.target, "noise-weight": 0.0}
     given |= {"ratio-lr": args.ratio_lr, "device": args.device, "out": str(folder(args, seed, arm))}
     given["mode"] = arm if arm in ("dense", "uniform", "layer") else "layer-timestep"
-    if arm == "uniform":
-        assert learned is not None
+    if learned is None and arm in ("uniform", *FIXED):
+        raise InputError(f"{arm!r} needs what layer-timestep has learned with seed {seed}: run that arm first")
+    if arm == "uniform" and learned is not None:
         given["target-ratio"] = float(learned.mean())  # what layer-timestep has reached, so that FLOPs are equal
     for name in ("checkpoint.pt", "metrics.jsonl"):  # of an arm that was stopped
         (Path(given["out"]) / name).unlink(missing_ok=True)
     run = start(given)
     kind = {"two-branch": TwoBranchLayer, "random router": RandomLayer}.get(arm, RoutedLayer)
     use(run.model, kind), use(run.ema, kind)
-    if arm in FIXED:
-        assert learned is not None
+    if arm in FIXED and learned is not None:
         run.model.ratios.data.copy_(table_of(arm, learned, seed))
         run.model.ratios.requires_grad_(False)
     if arm == "frozen router":
