@@ -106,9 +106,8 @@ class Layer(nn.Module):
 
         All n tokens look, but only the first `keys` of them are looked at (see RoutedLayer).
         """
-        shift1, scale1, gate1, shift2, scale2, gate2 = (
-            (modulation + self.modulation).unsqueeze(2).unbind(1)
-        )  # (B, 1, D)
+        modulation = modulation + self.modulation  # (B, 6, D): what all layers share, plus this layer's own
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unsqueeze(2).unbind(1)  # (B, 1, D)
 
         q, k, v = self.qkv(_modulate(x, shift1, scale1)).chunk(3, dim=-1)  # (B, n, D) each
         update = gate1 * self.attention_out(self.attend(q, k[:, :keys], v[:, :keys]))

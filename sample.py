@@ -285,7 +285,8 @@ def generate(
     mask: Tensor | None = None,
     **options,
 ) -> np.ndarray:
-    """One image a prompt, uint8 (B, S, S, 3). known (3, S, S) and mask (1, S, S) for inpainting are shared by all.
+    """One image a prompt, uint8 (B, S, S, 3). For inpainting, known (3, S, S) and mask (1, S, S) are
+    shared by all images; with a leading B, each has its own.
 
     Every image has its own noise, from the seed and its number (`first` + position), so that it does not depend on
     the batch that it is made in. options: steps, guidance, ratios, hook, see diffratio_mod.sample.

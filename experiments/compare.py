@@ -210,8 +210,8 @@ def draw_chart(results: dict, path: Path) -> None:
         for name, row in results.items():
             seed, kind = name.split(", ", 1)
             if kind == arm and arm != "dense" and f"{seed}, dense" in results:
-                pair = (torch.tensor(r["losses"]["noise"]).mean(dim=0) for r in (row, results[f"{seed}, dense"]))
-                mine, dense = pair
+                both = (row, results[f"{seed}, dense"])
+                mine, dense = (torch.tensor(one["losses"]["noise"]).mean(dim=0) for one in both)
                 curves.append(100 * (mine / dense - 1))
         if curves and arm not in TRAINING_FREE:
             curve = torch.stack(curves).mean(dim=0)

@@ -29,8 +29,6 @@ from sample import Parser, build_model, generate, pick_device, read_checkpoint, 
 from train_cifar import COLOURS, HELD_OUT, RELATIONS, SHAPES, Shapes
 
 PAIRS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
-
-
 HEADS = (3, len(COLOURS), len(SHAPES), len(COLOURS), len(SHAPES))
 
 
@@ -53,7 +51,7 @@ def ragged(images: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
     """Every pixel takes its colour from a place up to about a pixel away, with noise: edges as a small model draws them."""
     count, _, size, _ = images.shape
     strength = torch.rand(count, 1, 1, 1, generator=rng)
-    grid = torch.nn.functional.affine_grid(torch.eye(2, 3).expand(count, 2, 3), list(images.shape), align_corners=False)
+    grid = F.affine_grid(torch.eye(2, 3).expand(count, 2, 3), list(images.shape), align_corners=False)
     away = torch.randn(count, size, size, 2, generator=rng) * 1.2 / size
     images = F.grid_sample(images, grid + strength * away, padding_mode="border", align_corners=False)
     return images + 0.1 * strength * torch.randn(images.shape, generator=rng)
@@ -81,6 +79,7 @@ class Judge(nn.Module):
 
 
 def trained_judge(size: int, steps: int, device: torch.device) -> Judge:
+    """Train a judge, or read the one that an earlier call has left in runs/."""
     torch.manual_seed(0)
     judge, path = Judge(size).to(device), Path(f"runs/judge-{size}-{steps}.pt")
     if path.exists():
