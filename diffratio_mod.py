@@ -371,15 +371,14 @@ def diffusion_loss(
     k = tokens_processed(model.ratios, model.config.tokens) if route else None
     learning = route and model.ratios.requires_grad and torch.is_grad_enabled()
     region = [column_of(level, columns) for level in t.tolist()]
-    t = t.to(images.device)
+    t, caption = t.to(images.device), model.encode_caption(words)
     losses = []
     for c in sorted(set(region)):
         rows = slice(region.index(c), region.index(c) + region.count(c))  # neighbours, as t ascends
         x0, level = images[rows], t[rows]
         a, s = (z.view(-1, 1, 1, 1) for z in schedule(level))
-        caption = model.encode_caption(words[rows])
         ratios = model.ratios[:, c] if learning else None
-        guess = model(a * x0 + s * eps[rows], level, caption, x0, mask[rows], k[c] if k else None, ratios)
+        guess = model(a * x0 + s * eps[rows], level, caption[rows], x0, mask[rows], k[c] if k else None, ratios)
         losses.append((guess.float() - eps[rows]).square().mean(dim=(1, 2, 3)))
     return torch.cat(losses)
 

@@ -532,6 +532,21 @@ def test_masks_for_training_are_all_ones_or_one_box():
         assert torch.equal(mask, rows[:, None] * columns) and 0 < mask.sum()
 
 
+@pytest.mark.parametrize("regions, n", [(10, 2), (10, 5), (5, 2), (10, 3), (1, 2)])
+def test_every_nth_region_takes_one_of_n_neighbours_and_all_in_turn(regions, n):
+    t = method.even_noise_levels(30 * regions, torch.Generator().manual_seed(0))
+    total = np.zeros(regions, int)
+    for step in range(n):
+        moved = train_command.every_nth_region(t, regions, n, step)
+        assert (moved.diff() >= 0).all()  # diffusion_loss needs them ascending
+        counts = np.bincount([method.column_of(level, regions) for level in moved.tolist()], minlength=regions)
+        whole = regions // n * n  # the regions that have n - 1 neighbours; those left over are taken at every step
+        expected = [30 * n * (c % n == step) if c < whole else 30 for c in range(regions)]
+        assert counts.tolist() == expected
+        total += counts
+    assert (total == 30 * n).all()
+
+
 def test_folder_of_pictures_becomes_captions_and_images(tmp_path):
     for name, value in (("Sea_Lion", 10), ("frog", 200)):
         (tmp_path / "train" / name).mkdir(parents=True)

@@ -7,7 +7,7 @@
 About two minutes and a half an arm and seed on a CPU core. The measure is the denoising loss on images that no arm has
 seen, by timestep region, with the same images and noise for all arms: differences are paired. An arm whose result is in
 --runs already is not run again, so a study that was stopped goes on. Leaves compare-DATASET-TARGET.json and .png beside
-this file.
+this file, or what --out names.
 
 Arms: dense; layer-timestep; uniform, at the mean ratio that layer-timestep has reached; layer; two-branch (the paper's
 gradient). Controls, all with a fixed table: the table that layer-timestep has learned with the same seed ("learned
@@ -89,7 +89,8 @@ def fine_tune(arm: str, seed: int, args: argparse.Namespace, learned: Tensor | N
     """Train one arm; return its averaged model, and what that was each time the mean ratio had grown by 0.05."""
     given = {"dataset": args.dataset, "data-dir": str(args.data_dir), "init": str(args.init), "seed": seed}
     given |= {"steps": args.steps, "batch-size": args.batch_size, "target-ratio": args.target, "noise-weight": 0.0}
-    given |= {"ratio-lr": args.ratio_lr, "device": args.device, "out": str(folder(args, seed, arm))}
+    given |= {"ratio-lr": args.ratio_lr, "every-nth-region": args.every_nth_region}
+    given |= {"device": args.device, "out": str(folder(args, seed, arm))}
     given["mode"] = arm if arm in ("dense", "uniform", "layer") else "layer-timestep"
     if learned is None and arm in ("uniform", *FIXED):
         raise InputError(f"{arm!r} needs what layer-timestep has learned with seed {seed}: run that arm first")
@@ -148,6 +149,23 @@ def measure(arm: str, seed: int, args: argparse.Namespace) -> dict:
         ]
     zero = torch.zeros(model.config.depth, 1)
     result["FLOPs saved"] = 1 - flops / sampling_flops(use(model, RoutedLayer), model.config.regions, 1, zero)
+    return result
+
+
+def settings(args: argparse.Namespace) -> dict:
+    """What must be alike in all arms of a study; all but the target, which the dense arm does not know."""
+    names = ("init", "steps", "batch_size", "ratio_lr", "every_nth_region", "batches")
+    return {name: str(value) if isinstance(value := getattr(args, name), Path) else value for name in names}
+
+
+def measured(arm: str, seed: int, args: argparse.Namespace) -> dict | None:
+    """What an earlier call has measured, or None. Raises InputError if its settings were others."""
+    path = folder(args, seed, arm) / "result.json"
+    if not path.exists():
+        return None
+    result = json.loads(path.read_text())
+    if result["settings"] != settings(args):
+        raise InputError(f"{path} was measured with {result['settings']}, not {settings(args)}; give another --runs")
     return result
 
 
@@ -246,25 +264,27 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch-size", type=int, default=40)
     parser.add_argument("--ratio-lr", type=float, default=0.01)
+    parser.add_argument("--every-nth-region", type=int, default=1)
     parser.add_argument("--batches", type=int, default=16, help="held-out batches of 16 images a region")
     parser.add_argument("--runs", type=Path, default=Path("runs/compare"))
+    parser.add_argument("--out", type=Path, help="JSON; the picture goes beside it")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     for seed in args.seeds:
         for arm in (arm for arm in ARMS if arm in args.arms):
-            out = folder(args, seed, arm)
-            if not (out / "result.json").exists():
-                result = measure(arm, seed, args)
-                out.mkdir(parents=True, exist_ok=True)
-                with replacing(out / "result.json") as file:
+            if measured(arm, seed, args) is None:
+                result = {"settings": settings(args)} | measure(arm, seed, args)
+                path = folder(args, seed, arm) / "result.json"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with replacing(path) as file:
                     file.write(json.dumps(result).encode())
     results = {}
     for arm, seed in itertools.product(ARMS, range(100)):  # also what other calls have measured
-        path = folder(args, seed, arm) / "result.json"
-        if path.exists():
-            results[f"{seed}, {arm}"] = json.loads(path.read_text())
+        result = measured(arm, seed, args)
+        if result is not None:
+            results[f"{seed}, {arm}"] = result
     print(report(results))
-    path = Path(__file__).with_name(f"compare-{args.dataset}-{args.target}.json")
+    path = args.out or Path(__file__).with_name(f"compare-{args.dataset}-{args.target}.json")
     with replacing(path) as file:
         file.write(json.dumps({"steps": args.steps, "batch size": args.batch_size} | results).encode())
     draw_chart(results, path.with_suffix(".png"))

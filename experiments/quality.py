@@ -17,6 +17,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from diffratio_mod import InputError
 from sample import Parser, build_model, generate, pick_device, read_checkpoint, replacing, run_command, to_float
 from train_cifar import Pictures, load_folder
 
@@ -97,7 +99,10 @@ def main() -> None:
     train, test = load_folder(args.data_dir, size), load_folder(args.data_dir, size, "test")
     if args.classifier.exists():
         judge = Classifier(len(train.captions)).to(device)
-        judge.load_state_dict(torch.load(args.classifier, map_location=device, weights_only=True))
+        try:
+            judge.load_state_dict(torch.load(args.classifier, map_location=device, weights_only=True))
+        except (RuntimeError, AttributeError, UnpicklingError):
+            raise InputError(f"{args.classifier} is no such classifier; delete it, or name another") from None
     else:
         judge = train_classifier(train, args.classifier_steps, device)
         args.classifier.parent.mkdir(parents=True, exist_ok=True)

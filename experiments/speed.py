@@ -34,6 +34,7 @@ from baselines import MergedLayer, TwoBranchLayer, scaled, use
 from diffratio_mod import Config, DiT, RoutedLayer, diffusion_loss, even_noise_levels, ratio_loss
 from diffratio_mod import sample as draw
 from sample import READY_MADE, Parser, pick_device, read_checkpoint, round_k, run_command, sampling_flops
+from train_cifar import every_nth_region
 
 WORDS = tuple(f"w{i}" for i in range(40))
 MEANS = (0.1, 0.2, 0.3, 0.5, 0.7)
@@ -217,11 +218,13 @@ def attention(case: Case, args: argparse.Namespace) -> dict:
 
 
 def training(case: Case, args: argparse.Namespace) -> dict:
-    """Forward, backward and optimizer: dense, one pass with learning ratios, the paper's two branches."""
+    """Forward, backward and optimizer: dense, one pass with learning ratios, the same with every second region in turn
+    (twice, so that each has had its turn), the paper's two branches."""
     device, B = args.device, case.batch
     rng = torch.Generator().manual_seed(0)
     functions = {}
-    for name, mode in (("dense", "dense"), ("one pass", "layer-timestep"), ("two branches", "layer-timestep")):
+    for name in ("dense", "one pass", "every second region", "two branches"):
+        mode = "dense" if name == "dense" else "layer-timestep"
         model = use(case.model(mode, device), TwoBranchLayer if name == "two branches" else RoutedLayer)
         if mode != "dense":
             model.ratios.data.copy_(learned_table(case.depth, 0.3))
@@ -231,18 +234,21 @@ def training(case: Case, args: argparse.Namespace) -> dict:
         images = torch.rand(B, 3, size, size, generator=rng).to(device) * 2 - 1
         eps, mask = torch.randn(images.shape, generator=rng).to(device), torch.ones(B, 1, size, size, device=device)
         words, t = torch.ones(B, 8, dtype=torch.long, device=device), even_noise_levels(B, rng)
+        levels = [t, t] if name != "every second region" else [every_nth_region(t, STEPS, 2, step) for step in (0, 1)]
 
-        def step(model=model, optimizer=optimizer, images=images, eps=eps, mask=mask, words=words, t=t) -> None:
-            with torch.autocast(device.type, torch.bfloat16) if args.amp else contextlib.nullcontext():
-                loss = diffusion_loss(model, images, words, mask, t, eps).mean()
-            (loss + ratio_loss(model.ratios, 0.3)).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+        def steps(model=model, optimizer=optimizer, images=images, eps=eps, mask=mask, words=words, levels=levels):
+            for t in levels:
+                with torch.autocast(device.type, torch.bfloat16) if args.amp else contextlib.nullcontext():
+                    loss = diffusion_loss(model, images, words, mask, t, eps).mean()
+                (loss + ratio_loss(model.ratios, 0.3)).backward()
+                optimizer.step()
+                optimizer.zero_grad()
 
-        functions[name] = step
+        functions[name] = steps
     seconds = interleaved(functions, 2 * args.rounds, device, f"training, {case}")
-    row = {"case": str(case), "dense, seconds": statistics.median(seconds["dense"])}
-    for name, base in (("one pass", "dense"), ("two branches", "dense"), ("one pass", "two branches")):
+    row = {"case": str(case), "dense, seconds a step": statistics.median(seconds["dense"]) / 2}
+    pairs = [(name, "dense") for name in functions if name != "dense"]
+    for name, base in (*pairs, ("one pass", "two branches")):
         row[f"{name} / {base}"], row[f"{name} / {base}, spread"] = relative(seconds[name], seconds[base])
     return row
 
