@@ -3,8 +3,8 @@
     python -m pytest                                        # everything, under 3 minutes on two CPU cores
     DIFFRATIO_MOD=my_solution.py python -m pytest -k method # the tests of the method, against another module
 
-With DIFFRATIO_MOD, the module in that file stands in for diffratio_mod. It must have the same public names: Config,
-InputError, Layer, RoutedLayer, DiT, ratio_gate, ratio_loss, column_of, tokens_processed, schedule, even_noise_levels,
+With DIFFRATIO_MOD, the module in that file stands in for diffratio_mod. It must have the same public names: MODES,
+Config, InputError, Layer, RoutedLayer, DiT, ratio_gate, ratio_loss, column_of, tokens_processed, schedule, even_noise_levels,
 diffusion_loss, sample.
 """
 
@@ -462,7 +462,7 @@ def test_dense_part_leaves_routers_and_ratios_untouched_and_uniform_gets_the_tar
     assert run.model.ratios.eq(0.25).all() and all(p.ne(0).any() for p in routers)
 
 
-def test_init_from_a_dense_checkpoint_starts_as_that_dense_model(trained, tmp_path):
+def test_init_from_a_dense_checkpoint_starts_as_that_dense_model(tmp_path):
     dense = small_run(tmp_path / "dense", mode="dense", steps=3)
     dense.out.mkdir()
     while dense.step < 3:
@@ -575,8 +575,7 @@ def command(script: str, *arguments: object, **options) -> subprocess.CompletedP
 def call(module, monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
     """The same in this process, which saves the start-up time: exit code, standard output, standard error."""
     monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, arguments)])
-    for number in (signal.SIGINT, signal.SIGTERM):
-        monkeypatch.setattr(train_command.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(train_command.signal, "signal", lambda *_: None)
     with pytest.raises(SystemExit) as stopped:
         sample_command.run_command(module.main)
     captured = capsys.readouterr()

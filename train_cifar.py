@@ -268,7 +268,7 @@ FLAGS = {
     "mode": ("layer-timestep", str, "the ratio table: " + ", ".join(MODES)),
     "target-ratio": (0.3, float, "target of the mean compression ratio, the share of tokens that bypass, 0 to 1"),
     "timestep-regions": (10, int, "regions of noise levels with ratios of their own"),
-    "every-nth-region": (1, int, "a routed step takes one of every n regions, in turn; 2 or 5 are faster"),
+    "every-nth-region": (1, int, "layer-timestep: a routed step takes one of every n regions, in turn; 2 is faster"),
     "ratio-weight": (2.0, float, "weight of the ratio loss; 0 switches the pull to the target off"),
     "ratio-lr": (1e-2, float, "learning rate of the ratios"),
     "dense-fraction": (None, float, "share of the steps before routing begins (default 0.6; with --init 0)"),

@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from baselines import MergedLayer, RandomLayer, TwoBranchLayer, scaled, use
 
 from diffratio_mod import DiT, InputError, RoutedLayer, diffusion_loss, even_noise_levels, schedule
-from sample import Parser, build_model, encode, read_checkpoint, replacing, run_command, sampling_flops
+from sample import Parser, build_model, encode, pick_device, read_checkpoint, replacing, run_command, sampling_flops
 from train_cifar import Pictures, Shapes, load_folder, start
 
 LEARNING = ("dense", "layer-timestep", "uniform", "layer")
@@ -64,13 +64,14 @@ def held_out(args: argparse.Namespace, size: int) -> Shapes | Pictures:
 @torch.no_grad()
 def held_out_losses(model: DiT, data: Shapes | Pictures, batches: int) -> dict[str, list[list[float]]]:
     """Mean loss of each region for each batch of 16 images a region: batches x R, in the noise and in the velocity v."""
-    R, rng = model.config.regions, torch.Generator().manual_seed(12345)
+    R, rng, device = model.config.regions, torch.Generator().manual_seed(12345), model.ratios.device
     torch.manual_seed(0)  # for layers that choose at random
     rows: dict[str, list[list[float]]] = {"noise": [], "v": []}
     for _ in range(batches):
         images, captions, _ = data.batch(16 * R, rng)
         t, eps = even_noise_levels(16 * R, rng), torch.randn(images.shape, generator=rng)
-        losses = diffusion_loss(model, images, encode(model.config, captions), torch.ones_like(images[:, :1]), t, eps)
+        given = (images, encode(model.config, captions), torch.ones_like(images[:, :1]))
+        losses = diffusion_loss(model, *(z.to(device) for z in given), t, eps.to(device)).cpu()
         for name, weighted in (("noise", losses), ("v", losses / schedule(t)[0] ** 2)):
             rows[name].append([round(value, 7) for value in weighted.view(R, -1).mean(dim=1).tolist()])
     return rows
@@ -127,6 +128,7 @@ def measure(arm: str, seed: int, args: argparse.Namespace) -> dict:
         path = folder(args, seed, "dense") / "checkpoint.pt"
         model, kept = build_model(read_checkpoint(path), path), []
         model = use(rebuilt(model, "uniform"), MergedLayer if arm == "merging" else RandomLayer)
+        model.to(pick_device(args.device))
         model.ratios.data.fill_(args.target)
     else:
         path = folder(args, seed, "layer-timestep") / "result.json"
@@ -153,8 +155,8 @@ def measure(arm: str, seed: int, args: argparse.Namespace) -> dict:
 
 
 def settings(args: argparse.Namespace) -> dict:
-    """What must be alike in all arms of a study; all but the target, which the dense arm does not know."""
-    names = ("init", "steps", "batch_size", "ratio_lr", "every_nth_region", "batches")
+    """What must be alike in all arms of a study; the target has a folder of its own."""
+    names = ("init", "data_dir", "steps", "batch_size", "ratio_lr", "every_nth_region", "batches")
     return {name: str(value) if isinstance(value := getattr(args, name), Path) else value for name in names}
 
 
@@ -164,8 +166,9 @@ def measured(arm: str, seed: int, args: argparse.Namespace) -> dict | None:
     if not path.exists():
         return None
     result = json.loads(path.read_text())
-    if result["settings"] != settings(args):
-        raise InputError(f"{path} was measured with {result['settings']}, not {settings(args)}; give another --runs")
+    if result.get("settings") != settings(args):
+        was = result.get("settings")
+        raise InputError(f"{path} was measured with {was}, not {settings(args)}; give another --runs")
     return result
 
 
@@ -256,7 +259,7 @@ def draw_chart(results: dict, path: Path) -> None:
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--init", type=Path, required=True, help="dense checkpoint")
-    parser.add_argument("--dataset", default="shapes")
+    parser.add_argument("--dataset", default="shapes", choices=("shapes", "folder"))
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
     parser.add_argument("--target", type=float, default=0.3)
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
@@ -270,6 +273,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON; the picture goes beside it")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
+    every = list(itertools.product(ARMS, sorted({*range(100), *args.seeds})))
+    for arm, seed in every:  # before anything is trained: all that is there must have been measured alike
+        measured(arm, seed, args)
     for seed in args.seeds:
         for arm in (arm for arm in ARMS if arm in args.arms):
             if measured(arm, seed, args) is None:
@@ -279,7 +285,7 @@ def main() -> None:
                 with replacing(path) as file:
                     file.write(json.dumps(result).encode())
     results = {}
-    for arm, seed in itertools.product(ARMS, range(100)):  # also what other calls have measured
+    for arm, seed in every:  # also what other calls have measured
         result = measured(arm, seed, args)
         if result is not None:
             results[f"{seed}, {arm}"] = result

@@ -5,7 +5,7 @@
 
 A table is `dense` (nothing skipped), `learned` (that of --checkpoint), `reversed` (the learned one, its columns in
 reverse order), `uniform` (the same ratio everywhere, the learned mean), `random` (the learned table, but the tokens
-are drawn by chance, not by the routers), any of the last three followed by `:MEAN` (scaled to this mean), or a file in
+are drawn by chance, not by the routers), any of the last four followed by `:MEAN` (scaled to this mean), or a file in
 the form of ratios.json. Printed for each: what it skips, FLOPs, seconds an image (median of interleaved rounds), and the
 share of prompts followed (half of them with one object, half with two; see judge.py). Leaves race.png.
 """
