@@ -462,6 +462,24 @@ def test_dense_part_leaves_routers_and_ratios_untouched_and_uniform_gets_the_tar
     assert run.model.ratios.eq(0.25).all() and all(p.ne(0).any() for p in routers)
 
 
+def test_each_part_of_training_weighs_the_loss_by_its_own_power_of_the_signal(tmp_path, monkeypatch):
+    powers = {"noise-weight": 2.0, "routed-noise-weight": 0.5}
+    run = small_run(tmp_path, **{"steps": 2, "dense-fraction": 0.5, **powers})
+    seen = []
+
+    def one_for_each_image(model, images, words, mask, t, noise, route):
+        seen.append((torch.ones(len(t), requires_grad=True), t, route))
+        return seen[-1][0] + 0 * model.out.bias.sum()
+
+    monkeypatch.setattr(train_command, "diffusion_loss", one_for_each_image)
+    run.train_step()
+    run.train_step()
+    assert [route for _, _, route in seen] == [False, True]
+    for (losses, t, _), power in zip(seen, powers.values()):
+        expected = [np.cos(level * np.arccos(0.02)) ** -power / len(t) for level in t.tolist()]
+        np.testing.assert_allclose(losses.grad, expected, rtol=1e-4)
+
+
 def test_init_from_a_dense_checkpoint_starts_as_that_dense_model(tmp_path):
     dense = small_run(tmp_path / "dense", mode="dense", steps=3)
     dense.out.mkdir()

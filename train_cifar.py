@@ -273,6 +273,7 @@ FLAGS = {
     "ratio-lr": (1e-2, float, "learning rate of the ratios"),
     "dense-fraction": (None, float, "share of the steps before routing begins (default 0.6; with --init 0)"),
     "noise-weight": (2.0, float, "dense part: weigh the loss by (1 / signal) to this power; 2: the loss in v, 0: off"),
+    "routed-noise-weight": (0.0, float, "the same for the routed part; 0 is the paper's loss"),
     "init": (None, str, "start from the weights of this dense checkpoint"),
     "device": ("auto", str, "auto, cuda, mps or cpu"),
     "seed": (0, int, "seed of the weights, the data order and the noise"),
@@ -325,7 +326,7 @@ def settle(given: dict) -> dict:
     for name, low, high in (
         ("steps", 0, 10**9), ("batch-size", 1, 10**5), ("lr", 0, 1), ("ratio-weight", 0, 1e4), ("ratio-lr", 0, 1), ("noise-weight", 0, 4),
         ("dense-fraction", 0, 1), ("seed", 0, 10**9), ("log-every", 1, 10**9), ("save-every", 1, 10**9),
-        ("every-nth-region", 1, max(1, s["timestep-regions"])),
+        ("routed-noise-weight", 0, 4), ("every-nth-region", 1, max(1, s["timestep-regions"])),
     ):  # fmt: skip
         if not low <= s[name] <= high:
             raise InputError(f"--{name} must be from {low} to {high:g}, not {s[name]}")
@@ -392,8 +393,8 @@ class Run:
         # is easy to predict. A network that starts from nothing learns it sooner with the loss in v, which weighs them
         # more (see the end of DiT.forward). The routed part uses the plain loss, as the paper does: it decides what
         # skipping costs.
-        signal = schedule(t.to(self.device))[0]
-        loss = losses.mean() if routed else (losses * signal ** -s["noise-weight"]).mean()
+        weight = schedule(t.to(self.device))[0] ** -s["routed-noise-weight" if routed else "noise-weight"]
+        loss = (losses * weight).mean()
         if routed and self.model.ratios.requires_grad:
             loss = loss + s["ratio-weight"] * ratio_loss(self.model.ratios, s["target-ratio"])
         self.optimizer.zero_grad()

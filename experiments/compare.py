@@ -89,7 +89,8 @@ def folder(args: argparse.Namespace, seed: int, arm: str) -> Path:
 def fine_tune(arm: str, seed: int, args: argparse.Namespace, learned: Tensor | None) -> tuple[DiT, list[DiT]]:
     """Train one arm; return its averaged model, and what that was each time the mean ratio had grown by 0.05."""
     given = {"dataset": args.dataset, "data-dir": str(args.data_dir), "init": str(args.init), "seed": seed}
-    given |= {"steps": args.steps, "batch-size": args.batch_size, "target-ratio": args.target, "noise-weight": 0.0}
+    given |= {"steps": args.steps, "batch-size": args.batch_size, "target-ratio": args.target}
+    given |= {"noise-weight": args.noise_weight, "routed-noise-weight": args.noise_weight}
     given |= {"ratio-lr": args.ratio_lr, "every-nth-region": args.every_nth_region}
     given |= {"device": args.device, "out": str(folder(args, seed, arm))}
     given["mode"] = arm if arm in ("dense", "uniform", "layer") else "layer-timestep"
@@ -156,7 +157,7 @@ def measure(arm: str, seed: int, args: argparse.Namespace) -> dict:
 
 def settings(args: argparse.Namespace) -> dict:
     """What must be alike in all arms of a study; the target has a folder of its own."""
-    names = ("init", "data_dir", "steps", "batch_size", "ratio_lr", "every_nth_region", "batches")
+    names = ("init", "data_dir", "steps", "batch_size", "ratio_lr", "every_nth_region", "noise_weight", "batches")
     return {name: str(value) if isinstance(value := getattr(args, name), Path) else value for name in names}
 
 
@@ -249,8 +250,10 @@ def draw_chart(results: dict, path: Path) -> None:
     left.set(xlabel="noise level t", ylabel="held-out loss above the dense arm, %")
     middle.set(xlabel="noise level t", ylabel="learned ratio, mean over layers", ylim=(0, 1))
     right.set(xlabel="mean ratio, on the way to its target", ylabel="held-out loss")
+    left.set_ylim(top=left.get_ylim()[1] + 0.35 * (left.get_ylim()[1] - left.get_ylim()[0]))  # room for the legend
     for axis in (left, middle, right):
-        axis.legend(fontsize=8)
+        if axis.lines:
+            axis.legend(fontsize=8, loc="upper left", ncols=3 if axis is left else 1)
         axis.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=90)
@@ -268,6 +271,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=40)
     parser.add_argument("--ratio-lr", type=float, default=0.01)
     parser.add_argument("--every-nth-region", type=int, default=1)
+    parser.add_argument("--noise-weight", type=float, default=0.0, help="2: fine-tune all arms with the loss in v")
     parser.add_argument("--batches", type=int, default=16, help="held-out batches of 16 images a region")
     parser.add_argument("--runs", type=Path, default=Path("runs/compare"))
     parser.add_argument("--out", type=Path, help="JSON; the picture goes beside it")
