@@ -191,7 +191,7 @@ class RoutedLayer(nn.Module):
         if k == N:  # nothing to choose; each token is processed in its place, and none beyond k can move the ratio
             if routing is not None:
                 routing.append((score.squeeze(2), torch.arange(N, device=x.device).expand(B, N)))
-            return x + 2 * score * self.layer(x, modulation, caption, keys=N)
+            return torch.addcmul(x, 2 * score, self.layer(x, modulation, caption, keys=N))
 
         # In training the layer also takes e tokens beyond the k-th. They look but are not looked at, so the k come out
         # as in sampling; and their gate is 0, so they leave as they came and teach nothing but the ratio.

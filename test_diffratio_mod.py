@@ -452,6 +452,26 @@ def test_mean_ratio_arrives_at_its_target_and_zero_steps_leave_it_at_zero(tmp_pa
         assert torch.equal(run.ema.ratios, run.model.ratios)
 
 
+def test_models_on_the_way_are_kept_at_the_ratio_that_their_names_say(tmp_path):
+    options = {"steps": 60, "dense-fraction": 0, "target-ratio": 0.35, "ratio-lr": 0.02}
+    run = small_run(tmp_path, **options, **{"keep-every": 0.1})
+    averages = {}  # the last one after each rise past a multiple of 0.1
+    before = 0.0
+    while run.step < 60:
+        run.train_step()
+        mean = float(run.ema.ratios.detach().mean())
+        for level in (0.1, 0.2, 0.3):
+            if before < level <= mean:
+                averages[level] = {name: value.clone() for name, value in run.ema.state_dict().items()}
+        before = mean
+    assert set(averages) == {0.1, 0.2, 0.3}
+    assert {path.name for path in tmp_path.iterdir()} == {f"ratio-{level}.pt" for level in averages}
+    for level, average in averages.items():
+        path = tmp_path / f"ratio-{level}.pt"
+        model = sample_command.build_model(sample_command.read_checkpoint(path), path)
+        assert all(torch.equal(value, average[name]) for name, value in model.state_dict().items())
+
+
 def test_dense_part_leaves_routers_and_ratios_untouched_and_uniform_gets_the_target(tmp_path):
     run = small_run(tmp_path, **{"steps": 4, "dense-fraction": 0.5, "mode": "uniform", "target-ratio": 0.25})
     for _ in range(2):

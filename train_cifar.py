@@ -284,6 +284,7 @@ FLAGS = {
     "patch-size": (None, int, "pixels a side; a token is one patch (default 3 for shapes, else 4)"),
     "log-every": (20, int, "steps between lines of metrics.jsonl"),
     "save-every": (200, int, "steps between checkpoints"),
+    "keep-every": (0.0, float, "keep a model on the way at each multiple of this mean ratio, as ratio-0.1.pt; 0: off"),
 }
 ARCHITECTURE = ("image-size", "dim", "depth", "heads", "patch-size")  # taken from the checkpoint with --init
 
@@ -326,7 +327,7 @@ def settle(given: dict) -> dict:
     for name, low, high in (
         ("steps", 0, 10**9), ("batch-size", 1, 10**5), ("lr", 0, 1), ("ratio-weight", 0, 1e4), ("ratio-lr", 0, 1), ("noise-weight", 0, 4),
         ("dense-fraction", 0, 1), ("seed", 0, 10**9), ("log-every", 1, 10**9), ("save-every", 1, 10**9),
-        ("routed-noise-weight", 0, 4), ("every-nth-region", 1, max(1, s["timestep-regions"])),
+        ("keep-every", 0, 1), ("routed-noise-weight", 0, 4), ("every-nth-region", 1, max(1, s["timestep-regions"])),
     ):  # fmt: skip
         if not low <= s[name] <= high:
             raise InputError(f"--{name} must be from {low} to {high:g}, not {s[name]}")
@@ -413,10 +414,12 @@ class Run:
                 f"the loss or its gradient is not finite at step {self.step} (timestep regions: {where}); the weights "
                 f"were not changed, {self.checkpoint_words()}; try a lower --lr, or without --amp"
             )
+        before = float(self.ema.ratios.detach().mean())
         self.optimizer.step()
         self.model.clamp_ratios()
         self.step += 1
         self.update_ema()
+        self.keep(before)
         self.sums += by_region
         return float(losses.mean())
 
@@ -440,24 +443,38 @@ class Run:
         path = self.out / "checkpoint.pt"
         return f"{path} holds the last good state" if path.exists() else "no checkpoint had been written yet"
 
+    def averaged(self) -> dict:
+        """What sampling needs of a checkpoint."""
+        own = {"config": asdict(self.config), "ema": self.ema.state_dict(), "prompts": list(self.data.prompts)}
+        return own | {"step": self.step, "made_by": self.made_by}
+
+    def write(self, name: str, state: dict) -> None:
+        """Write to a file beside it, flush it to disk, then rename: an older file of this name stays whole till then."""
+        content = io.BytesIO()  # torch.save turns an error of the disk into one of its own, so it does not see the disk
+        torch.save(state, content)
+        with replacing(self.out / name) as file:
+            file.write(content.getbuffer())
+
     def save(self) -> None:
-        """Write the checkpoint to a file beside it, flush it to disk, then rename: the old one stays whole till then."""
+        """Write the checkpoint, from which the run can go on."""
         state = {
-            "config": asdict(self.config),
-            "ema": self.ema.state_dict(),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "settings": self.settings,
-            "step": self.step,
             "seconds": self.seconds,
             "sums": self.sums,
-            "prompts": list(self.data.prompts),
-            "made_by": self.made_by,
         }
-        content = io.BytesIO()  # torch.save turns an error of the disk into one of its own, so it does not see the disk
-        torch.save(state, content)
-        with replacing(self.out / "checkpoint.pt") as file:
-            file.write(content.getbuffer())
+        self.write("checkpoint.pt", self.averaged() | state)
+
+    def keep(self, before: float) -> None:
+        """Keep the averaged model if the mean ratio has risen from `before` past a multiple of --keep-every.
+
+        On the way to its target a run passes every smaller mean ratio: these are the paper's by-product models (figure
+        7). One that is passed more than once is kept as it was the last time.
+        """
+        every, now = self.settings["keep-every"], float(self.ema.ratios.detach().mean())
+        if every and self.model.ratios.requires_grad and now // every > before // every:
+            self.write(f"ratio-{now // every * every:g}.pt", self.averaged())
 
     def log(self) -> None:
         """Append a line to metrics.jsonl."""

@@ -188,9 +188,13 @@ def paired(a: list[list[float]], b: list[list[float]]) -> tuple[float, float]:
     return difference / mean(b), 1.96 * deviation / math.sqrt(len(rows)) / mean(b)
 
 
-def report(results: dict) -> str:
-    """A table of the arms: held-out loss, and for each seed the paired difference to dense and to uniform."""
+def report(results: dict, kind: str) -> str:
+    """A table of the arms: held-out loss, and for each seed the paired difference to dense and to uniform.
+
+    kind: the loss in the noise ("noise"), which is trained, or in the velocity ("v"), which weighs noisy levels more.
+    """
     lines = [
+        f"Held-out loss in {kind}:",
         "| arm | mean ratio | FLOPs saved | loss | against dense, a seed each | against uniform |",
         "|---" * 6 + "|",
     ]
@@ -201,14 +205,20 @@ def report(results: dict) -> str:
         against = []
         for base in ("dense", "uniform"):
             pairs = [
-                paired(row["losses"]["noise"], results[f"{seed}, {base}"]["losses"]["noise"])
+                paired(row["losses"][kind], results[f"{seed}, {base}"]["losses"][kind])
                 for seed, row in rows.items()
                 if f"{seed}, {base}" in results and arm != base
             ]
             against.append(", ".join(f"{difference:+.2%} ± {half:.2%}" for difference, half in pairs))
         average = [sum(row[key] for row in rows.values()) / len(rows) for key in ("mean ratio", "FLOPs saved")]
-        loss = sum(mean(row["losses"]["noise"]) for row in rows.values()) / len(rows)
+        loss = sum(mean(row["losses"][kind]) for row in rows.values()) / len(rows)
         lines.append(f"| {arm} | {average[0]:.3f} | {average[1]:.1%} | {loss:.5f} | {against[0]} | {against[1]} |")
+    return "\n".join(lines)
+
+
+def tables(results: dict) -> str:
+    """What layer-timestep has learned: the ratio by region, and the loss of the models on the way."""
+    lines = []
     for name, row in results.items():
         if name.endswith(", layer-timestep"):
             by_region = torch.tensor(row["ratios"]).mean(dim=0)
@@ -216,6 +226,8 @@ def report(results: dict) -> str:
             rank = torch.corrcoef(torch.stack([order, torch.arange(len(order)).float()]))[0, 1]
             table = " ".join(f"{ratio:.2f}" for ratio in by_region)
             lines.append(f"{name}: ratio by region, clean to noisy, {table}; rank correlation {rank:.2f}")
+            way = ", ".join(f"{one['loss']:.4f} at {one['mean ratio']:.2f}" for one in row.get("on the way", []))
+            lines.append(f"    loss on the way to a mean of {row['mean ratio']:.3f}: {way}")
     return "\n".join(lines)
 
 
@@ -293,7 +305,7 @@ def main() -> None:
         result = measured(arm, seed, args)
         if result is not None:
             results[f"{seed}, {arm}"] = result
-    print(report(results))
+    print("\n\n".join([report(results, "noise"), report(results, "v"), tables(results)]))
     path = args.out or Path(__file__).with_name(f"compare-{args.dataset}-{args.target}.json")
     with replacing(path) as file:
         file.write(json.dumps({"steps": args.steps, "batch size": args.batch_size} | results).encode())
