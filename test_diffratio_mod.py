@@ -460,11 +460,11 @@ def test_models_on_the_way_are_kept_at_the_ratio_that_their_names_say(tmp_path):
     while run.step < 60:
         run.train_step()
         mean = float(run.ema.ratios.detach().mean())
-        for level in (0.1, 0.2, 0.3):
+        for level in (0.1, 0.2, 0.3, 0.4, 0.5):
             if before < level <= mean:
                 averages[level] = {name: value.clone() for name, value in run.ema.state_dict().items()}
         before = mean
-    assert set(averages) == {0.1, 0.2, 0.3}
+    assert set(averages) >= {0.1, 0.2, 0.3}
     assert {path.name for path in tmp_path.iterdir()} == {f"ratio-{level}.pt" for level in averages}
     for level, average in averages.items():
         path = tmp_path / f"ratio-{level}.pt"
