@@ -264,11 +264,12 @@ def draw_chart(results: dict, path: Path) -> None:
     right.set(xlabel="mean ratio, on the way to its target", ylabel="held-out loss")
     left.set_ylim(top=left.get_ylim()[1] + 0.35 * (left.get_ylim()[1] - left.get_ylim()[0]))  # room for the legend
     for axis in (left, middle, right):
+        axis.set_visible(bool(axis.lines))  # a study of one arm compares nothing
         if axis.lines:
             axis.legend(fontsize=8, loc="upper left", ncols=3 if axis is left else 1)
         axis.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=90, bbox_inches="tight")
 
 
 def main() -> None:
