@@ -1,7 +1,7 @@
 """Seconds against FLOPs: sampling, the parts of a routed layer, a training step, token merging, the dense model itself.
 
     pip install tomesd matplotlib
-    python experiments/speed.py --rounds 8                     # half an hour on two CPU cores
+    python experiments/speed.py --rounds 8                     # 22 minutes on two CPU cores
     python experiments/speed.py --device cuda --amp --batch-scale 8 [--compile]
 
 All that is compared runs interleaved, round after round, in this one process; a figure is the median over the rounds of
