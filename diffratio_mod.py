@@ -1,40 +1,47 @@
 """DiffRatio-MoD: a Diffusion Transformer that learns how many tokens each layer skips at each noise level.
 
 The whole method of "Layer- and Timestep-Adaptive Differentiable Token Compression Ratios for Efficient Diffusion
-Transformers" (arXiv 2412.16822), top to bottom: configuration, one DiT layer, the router and the routed layer, the table
-of ratios, the model, the diffusion loss, the sampler. The commands are in the companions; both run on a CPU:
+Transformers" (arXiv 2412.16822), top to bottom: configuration, one DiT layer, the table of ratios, the gate and the
+routed layer, the model, the diffusion loss, the sampler. Two commands use it; both run on a CPU:
 
     python train_cifar.py --dataset shapes --init assets/shapes_dense.pt    # learns the ratios in minutes
     python sample.py --prompt "a red circle above a blue square"            # samples in seconds, tokens really skipped
 
 Each layer has a router that scores every image token. The k tokens with the highest scores go through the layer, the
-others leave it as they came. k follows from the layer's compression *ratio*, the share of tokens that bypass it (0 =
-dense). Every layer has one learnable ratio for each region of noise levels, and all start at zero, so that a pretrained
-model starts unchanged. Two forces shape them: the squared distance of their mean from a target raises them, the
-diffusion loss lowers those where skipping hurts. What results is a table that skips where it costs least.
+others leave it as they came: routing as in Mixture-of-Depths (arXiv 2404.02258). The layer's update of a token is
+multiplied by the token's *gate*: twice its score if it is among the k, else 0. k = N (1 - ratio), rounded, follows from
+the layer's compression *ratio*, the share of tokens that bypass it (0 = dense). Every layer has one learnable ratio for
+each region of noise levels (the paper's timesteps): a column of its table. All start at zero, so that a pretrained
+model starts unchanged, and two forces shape them: a pull of their mean towards a target moves them all alike, the
+diffusion loss lowers those where skipping hurts. So the table comes to skip where the loss feels it least. k is a whole
+number and has no slope. So the choice of the k best is *straight-through*: a hard choice forwards, backwards with a
+slope in the ratio (see ratio_gate).
 
-What differs from the paper: the gate is twice the score; a ratio gets its gradient in one pass, from tokens beyond the
-k-th, not from two passes at multiples of 10 %; ratios are clamped after the step, not in the forward pass; the network
-is small and predicts the velocity; inpainting is added. The reasons stand at each place.
+Training computes all N tokens and masks, for each image has its own noise level and its own k: it saves no time.
+Sampling gathers the k tokens and computes only these, with the same result up to rounding; for all N tokens it still
+pays router and sort of each layer, the embedding, the last linear layer.
 
-Letters used in shape comments:
-    B images   N image tokens   D width   H heads   L layers   R timestep regions   C columns of the ratio table
-    W words of a caption   S image side in pixels   p patch side in pixels
-    k tokens that a layer processes   e tokens just beyond the k-th, looked at in training only
+What differs from the paper, with the reasons where it stands: the gate is twice the score; a ratio learns in one pass,
+through the tokens next after the k best, not in two at multiples of 10 %; ratios are clamped after the step, not in the
+forward pass; the network is small, works on pixels and reads captions itself; inpainting is added.
+
+Letters used in comments:
+    B images   N image tokens   D width   H heads   L layers   C columns of the ratio table (1, or R timestep regions)
+    W words of a caption   S image side in pixels   p patch side in pixels   n, m any number of tokens or words
+    k tokens that a layer processes   e tokens next after the k best, through which the ratio learns, in training only
+    t noise level, 0 clean to 1 noise   a, s shares of signal and noise at t   eps the noise   x0 the clean image
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# --- Configuration -----------------------------------------------------------------------------------------------------
+# --- Configuration ---------------------------------------------------------------------------------------------------
 
 MODES = ("dense", "uniform", "layer", "layer-timestep")
 
@@ -45,7 +52,7 @@ class InputError(ValueError):
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that is needed to rebuild a model. Raises InputError for sizes that do not fit together."""
+    """All that is needed to rebuild a model. Raises InputError for sizes that do not fit together or are absurd."""
 
     vocabulary: tuple[str, ...]  # every word that a caption may use; word i has the id i + 1, and 0 is "no word"
     image_size: int = 32  # S, pixels
@@ -53,25 +60,30 @@ class Config:
     dim: int = 128  # D
     depth: int = 6  # L
     heads: int = 4  # H; must divide dim
-    caption_length: int = 8  # W; shorter captions are padded with "no word"; the null caption is nothing else
+    caption_length: int = 8  # W; shorter captions are padded with "no word"; the null caption is padding alone
     mode: str = "layer-timestep"  # one of MODES: how the ratio table looks, see DiT.__init__
     regions: int = 10  # R, regions of equal width into which the noise levels are cut
 
     def __post_init__(self) -> None:
-        if self.image_size % self.patch_size:
-            raise InputError(f"patches of {self.patch_size} pixels do not divide an image of {self.image_size}")
+        for name in ("image_size", "patch_size", "dim", "depth", "heads", "caption_length", "regions"):
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= 2048:
+                raise InputError(f"{name} must be a whole number from 1 to 2048, not {str(value)[:40]!r}")
+        if self.image_size % self.patch_size or self.tokens > 16384:
+            raise InputError(f"patches of {self.patch_size} pixels must cut {self.image_size} into at most 128 x 128")
         if self.dim % self.heads or self.dim % 4:
             raise InputError(f"dim {self.dim} must be a multiple of 4 and of the number of heads, {self.heads}")
         if self.mode not in MODES:
-            raise InputError(f"mode {self.mode!r} is not one of {', '.join(MODES)}")
+            raise InputError(f"mode {str(self.mode)[:40]!r} is not one of {', '.join(MODES)}")
+        if not 0 < len(set(self.vocabulary)) == len(self.vocabulary) <= 50_000:
+            raise InputError("the vocabulary must be 1 to 50000 words, each of them once")
 
     @property
     def tokens(self) -> int:
-        """N, the number of image tokens."""
-        return (self.image_size // self.patch_size) ** 2
+        return (self.image_size // self.patch_size) ** 2  # N
 
 
-# --- One DiT layer, in the manner of PixArt ----------------------------------------------------------------------------
+# --- One DiT layer, in the manner of PixArt --------------------------------------------------------------------------
 
 
 class Layer(nn.Module):
@@ -90,194 +102,180 @@ class Layer(nn.Module):
         self.caption_kv = nn.Linear(dim, 2 * dim)
         self.caption_out = nn.Linear(dim, dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
-        # adaLN-single (PixArt): the timestep's six modulations come from one projection that all layers share, which
-        # starts at zero; a layer owns only this offset to it. So a new layer's gates are zero: it adds nothing.
+        # adaLN-single (PixArt): the six modulations come from one projection of the timestep that all layers share; a
+        # layer owns this offset to it. Both start at zero, so a new layer's alphas are 0, and it adds nothing.
         self.modulation = nn.Parameter(torch.zeros(6, dim))
-        nn.init.zeros_(self.caption_out.weight)
-        nn.init.zeros_(self.caption_out.bias)
+        for parameter in self.caption_out.parameters():
+            nn.init.zeros_(parameter)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Multi-head attention: q (B, n, D) looks at k and v (B, m, D); returns (B, n, D)."""
-        q, k, v = (z.unflatten(2, (self.heads, -1)).transpose(1, 2) for z in (q, k, v))  # (B, H, n or m, D/H)
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, attended: Tensor | None = None) -> Tensor:
+        """Multi-head attention: query (B, n, D), key and value (B, m, D), attended (B, m); returns (B, n, D)."""
+        query, key, value = (z.unflatten(2, (self.heads, -1)).transpose(1, 2) for z in (query, key, value))
+        allowed = None if attended is None else attended[:, None, None, :]  # alike for all heads and all queries
+        return F.scaled_dot_product_attention(query, key, value, allowed).transpose(1, 2).flatten(2)
 
-    def forward(self, x: Tensor, modulation: Tensor, caption: Tensor, keys: int) -> Tensor:
-        """x (B, n, D), modulation (B, 6, D), caption (B, W, D); returns the update (B, n, D).
+    def forward(self, x: Tensor, attended: Tensor | None, modulation: Tensor, caption: Tensor) -> Tensor:
+        """Tokens x (B, n, D), modulation (B, 6, D), caption (B, W, D); returns the update (B, n, D).
 
-        All n tokens look, but only the first `keys` of them are looked at (see RoutedLayer).
+        attended: booleans (B, n), the tokens that may be attended to; None: all.
         """
-        modulation = modulation + self.modulation  # (B, 6, D): what all layers share, plus this layer's own
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unsqueeze(2).unbind(1)  # (B, 1, D)
+        shift1, scale1, alpha1, shift2, scale2, alpha2 = (modulation + self.modulation).unsqueeze(2).unbind(1)
 
-        q, k, v = self.qkv(_modulate(x, shift1, scale1)).chunk(3, dim=-1)  # (B, n, D) each
-        update = gate1 * self.attention_out(self.attend(q, k[:, :keys], v[:, :keys]))
+        query, key, value = self.qkv(_normalise(x, shift1, scale1)).chunk(3, dim=-1)  # (B, n, D) each
+        update = alpha1 * self.attention_out(self.attend(query, key, value, attended))
 
-        k, v = self.caption_kv(caption).chunk(2, dim=-1)  # (B, W, D) each
-        update = update + self.caption_out(self.attend(self.caption_q(_normalise(x + update)), k, v))
+        key, value = self.caption_kv(caption).chunk(2, dim=-1)  # (B, W, D) each
+        update = update + self.caption_out(self.attend(self.caption_q(_normalise(x + update)), key, value))
 
-        return update + gate2 * self.mlp(_modulate(x + update, shift2, scale2))
-
-
-def _normalise(x: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+        return update + alpha2 * self.mlp(_normalise(x + update, shift2, scale2))
 
 
-def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return torch.addcmul(shift, _normalise(x), 1 + scale)
+def _normalise(x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+    x = F.layer_norm(x, x.shape[-1:], eps=1e-6)
+    return x if shift is None or scale is None else torch.addcmul(shift, x, 1 + scale)
 
 
-# --- Token routing (paper 3.2) with a differentiable ratio (paper 3.3) -------------------------------------------------
+# --- The table of ratios (paper 3.3 and 3.4) and token routing (paper 3.2) -------------------------------------------
 
-BOUNDARY = 0.05  # share of all tokens that are looked at beyond the k-th, in training, to see what skipping them costs
+BOUNDARY = 0.05  # e as a share of all tokens, rounded up
 
 
-def ratio_gate(ratio: Tensor, tokens: int, beyond: int) -> Tensor:
-    """The straight-through factor on the gates of the tokens just beyond the k-th: the number 0 with a slope in `ratio`.
+def column_of(t: Tensor, columns: int) -> Tensor:
+    """The columns of a table for noise levels t in (0, 1]: column c covers (c / C, (c + 1) / C], 0 is the cleanest."""
+    return ((t * columns - 1e-4).ceil().long() - 1).clamp(0, columns - 1)  # 1e-4: for a t on an edge
 
-    How does the loss change if the layer skips a little less? One more token is processed: its gate goes from 0 to its
-    full value. To first order that changes the loss by its derivative at gate 0, and a factor of 0 lets just that flow
-    to the ratio. N tokens pass the boundary as the ratio goes from 1 to 0, so the slope is -N, shared among the e tokens
-    that stand for the next one: -N / e. If processing them lowers the loss, the ratio's gradient is positive, and
-    gradient descent lowers the ratio.
 
-    The factor 1/2: skipping costs the difference of the loss between gate 0 and the full gate, and the trapezoid rule
-    takes the mean of the derivatives at both ends. That of a processed token is taken to be 0: training flattens the
-    loss there. (So the k processed tokens could not tell what skipping costs.)
+def ratio_loss(ratios: Tensor, target: float) -> Tensor:
+    """The pull on the ratios (L, C): squared distance of their mean from the target (paper 3.3).
 
-    The paper instead runs the layer twice, at the multiples of 10 % below and above the ratio, and mixes the outputs.
-
-    Args: ratio, a scalar tensor; tokens, N; beyond, e >= 1. Returns a scalar tensor that equals 0.
+    The training loss is diffusion_loss(...).mean() + weight * ratio_loss(...). The paper's mean goes over layers and
+    batch; noise levels are drawn evenly here, so that is the mean over the table.
     """
-    return (ratio.detach() - ratio) * (tokens / (2 * beyond))
+    return (ratios.mean() - target) ** 2
+
+
+def tokens_processed(ratios: Tensor, tokens: int) -> Tensor:
+    """How many of N tokens are processed at a ratio in [0, 1): whole numbers from 1 to N, in the shape of `ratios`."""
+    return (tokens * (1 - ratios.detach())).round().long().clamp(1, tokens)
+
+
+def ratio_gate(rank: Tensor, k: Tensor, ratio: Tensor) -> Tensor:
+    """The straight-through choice of the k best: 1 for these, 0 for all others, but backwards with a slope in `ratio`.
+
+    Why there is a slope: if the layer skips a little less, one more token is processed, the next after the k best, and
+    its gate goes from 0 to its full value. To first order that changes the loss by its derivative at gate 0. A factor
+    with the value 0 and a slope gives the ratio just this gradient. As dk / dratio = -N, the slope is -N, shared among
+    the next e tokens, which stand for the next one with less variance, and halved (below): -N / (2 e) each. If
+    processing them lowers the loss, the ratio's gradient is positive, and descent lowers the ratio.
+
+    The half: skipping costs the difference of the loss between gate 0 and full gate, and the trapezoid rule takes the
+    mean of the derivatives at both ends. At full gate it is taken to be 0: there the router has tuned the gate, if only
+    on average over tokens. (So the slope cannot come from the k best: their gates lie where the loss is nearly flat,
+    whatever skipping them would cost.) What the slope leaves out: if processed, a token would also be attended to, by
+    itself and others. That may favour skipping.
+
+    The paper instead runs each layer twice in training, at the multiples of 10 % below and above its ratio, and mixes
+    the outputs: the difference that skipping makes, computed and not estimated, for a second pass.
+
+    rank (B, N), each token's place in its image, 0 = best; k and the ratio that it follows from, (B, 1). Gives (B, N).
+    """
+    N = rank.shape[1]
+    e = (N - k).clamp(max=math.ceil(BOUNDARY * N))  # (B, 1); 0 at a ratio of 0, which only the pull can raise
+    next_best = (rank >= k) & (rank < k + e)
+    zero_with_slope = (ratio.detach() - ratio) * N / (2 * e.clamp(min=1))
+    return (rank < k) + next_best * zero_with_slope
 
 
 class RoutedLayer(nn.Module):
     """A layer with its router: the k tokens with the highest scores gain `gate * update`, all others stay (paper 3.2).
 
     The score is a sigmoid of one linear layer. The gate is twice the score: the router starts at zero, so every gate
-    starts at exactly 1 and the routed network starts as the dense one. (The paper multiplies by the score itself,
-    which is near 1/2 at the start and so changes a pretrained network before its first step.) The gate is the only
-    way in which the router gets a gradient, as in Mixture-of-Depths, and no auxiliary loss is needed.
+    starts at exactly 1 and the routed network starts as the dense one. (The paper multiplies by the score itself, near
+    1/2 at the start, which changes a pretrained network.) Only through the gate does the router get a gradient.
     """
 
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, layer: nn.Module, dim: int) -> None:
+        """layer: any that takes (x, attended, *context), as Layer does, and returns what it adds to x."""
         super().__init__()
-        self.layer = Layer(dim, heads)
+        self.layer = layer
         self.router = nn.Linear(dim, 1)
-        nn.init.zeros_(self.router.weight)
-        nn.init.zeros_(self.router.bias)
+        for parameter in self.router.parameters():
+            nn.init.zeros_(parameter)
 
-    def forward(
-        self,
-        x: Tensor,
-        modulation: Tensor,
-        caption: Tensor,
-        k: int | None,
-        ratio: Tensor | None = None,
-        routing: list | None = None,
-    ) -> Tensor:
-        """x (B, N, D), modulation (B, 6, D), caption (B, W, D); returns (B, N, D).
+    def score_and_sort(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Every token's score (B, N), and the tokens' indices from best to worst (B, N); equal scores stay in order."""
+        score = torch.sigmoid(self.router(x)).squeeze(2)
+        return score, score.argsort(dim=1, descending=True, stable=True)
 
-        k: how many tokens are processed, 1 to N, the same for the whole batch, so that the shapes are known before
-        anything is computed and nothing waits for the device. None: no router at all, the dense layer.
-        ratio: given in training only, a scalar tensor that is to get a gradient (see ratio_gate). It does not change
-        the result.
-        routing: a list to which the scores (B, N) and the processed tokens' indices (B, k) are appended.
+    def forward(self, x: Tensor, *context: Tensor, k: int | None = None, ratio: Tensor | None = None) -> Tensor:
+        """Tokens x (B, N, D) and what else the layer takes; returns (B, N, D). Three ways, by what is given:
+
+        nothing: the dense layer, no router.
+        ratio (B,), each image's own: training. All tokens are computed, but only each image's k best are attended to,
+            and the gate makes the others leave as they came. Shapes are fixed, and no GPU is waited for.
+        k, a Python integer from 1 to N, for all images: sampling. Only the k best are computed.
         """
         B, N, D = x.shape
-        if k is None:
-            return x + self.layer(x, modulation, caption, keys=N)
-        score = torch.sigmoid(self.router(x))  # (B, N, 1)
-        if k == N:  # nothing to choose; each token is processed in its place, and none beyond k can move the ratio
-            if routing is not None:
-                routing.append((score.squeeze(2), torch.arange(N, device=x.device).expand(B, N)))
-            return torch.addcmul(x, 2 * score, self.layer(x, modulation, caption, keys=N))
-
-        # In training the layer also takes e tokens beyond the k-th. They look but are not looked at, so the k come out
-        # as in sampling; and their gate is 0, so they leave as they came and teach nothing but the ratio.
-        e = 0 if ratio is None else min(N - k, math.ceil(BOUNDARY * N))
-        order = score.squeeze(2).argsort(dim=1, descending=True, stable=True)  # stable: equal scores in order
-        rows = (order[:, : k + e] + N * torch.arange(B, device=x.device).unsqueeze(1)).flatten()  # of x as (B * N, D)
-        if routing is not None:
-            routing.append((score.squeeze(2), order[:, :k]))
-
-        taken = x.flatten(0, 1).index_select(0, rows).view(B, k + e, D)
-        gate = 2 * score.flatten(0, 1).index_select(0, rows).view(B, k + e, 1)
+        if k is None and ratio is None:
+            return x + self.layer(x, None, *context)
+        score, order = self.score_and_sort(x)
+        gate = 2 * score  # (B, N)
         if ratio is not None:
-            gate = torch.cat([gate[:, :k], gate[:, k:] * ratio_gate(ratio, N, e)], dim=1)
-        gain = gate * self.layer(taken, modulation, caption, keys=k)  # (B, k + e, D)
+            rank, ratio = order.argsort(dim=1), ratio.unsqueeze(1)  # the inverse of a permutation is its argsort
+            k_best = tokens_processed(ratio, N)  # (B, 1)
+            gate = gate * ratio_gate(rank, k_best, ratio)
+            return x + gate.unsqueeze(2) * self.layer(x, rank < k_best, *context)
+
+        if k == N:
+            return torch.addcmul(x, gate.unsqueeze(2), self.layer(x, None, *context))
+        # Rows of x as (B * N, D): index_select and index_add are faster than gather and scatter_add.
+        rows = (order[:, :k] + N * torch.arange(B, device=x.device).unsqueeze(1)).flatten()
+        best = x.flatten(0, 1).index_select(0, rows).view(B, k, D)
+        gate = gate.flatten().index_select(0, rows).view(B, k, 1)
+        gain = gate * self.layer(best, None, *context)  # (B, k, D)
         return x.flatten(0, 1).index_add(0, rows, gain.flatten(0, 1).to(x.dtype)).view(B, N, D)
 
 
-# --- The table of ratios (paper 3.3 and 3.4) ---------------------------------------------------------------------------
-
-
-def column_of(t: float, columns: int) -> int:
-    """The column of a ratio table for the noise level t in (0, 1]: column c covers (c / C, (c + 1) / C], 0 is clean.
-
-    1e-6 absorbs the rounding of a t that lies on an edge.
-    """
-    return min(columns - 1, max(0, math.ceil(t * columns - 1e-6) - 1))
-
-
-def tokens_processed(ratios: Tensor, tokens: int) -> list[list[int]]:
-    """How many tokens each layer processes, as Python integers: ratios (L, C) in [0, 1) to k[c][l], each 1 to N.
-
-    One transfer from the device, before the first layer runs.
-    """
-    return [[max(1, round(tokens * (1 - ratio))) for ratio in column] for column in ratios.detach().T.tolist()]
-
-
-def ratio_loss(ratios: Tensor, target: float) -> Tensor:
-    """The pull on the ratios (paper 3.3): squared distance of their mean from the target.
-
-    The training loss is diffusion_loss(...).mean() + weight * ratio_loss(...), and nothing else. The paper's mean goes
-    over the layers and the batch; noise levels are drawn evenly here, so that is the mean over the table (L, C).
-    """
-    return (ratios.mean() - target) ** 2
-
-
-# --- The model ---------------------------------------------------------------------------------------------------------
+# --- The model -------------------------------------------------------------------------------------------------------
 
 
 class DiT(nn.Module):
-    """A small text-conditional Diffusion Transformer that predicts noise, with a router in every layer."""
+    """A small text-conditional Diffusion Transformer, with a router in every layer."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        c = self.config = config
-        self.embed_patch = nn.Linear(7 * c.patch_size**2, c.dim)  # 3 noisy, 3 known, 1 mask channel
-        self.register_buffer("positions", _positions(c.image_size // c.patch_size, c.dim), persistent=False)
-        self.embed_time = nn.Sequential(nn.Linear(c.dim, c.dim), nn.SiLU(), nn.Linear(c.dim, c.dim))
+        self.config = config
+        dim, p = config.dim, config.patch_size
+        self.embed_patch = nn.Linear(7 * p**2, dim)  # 3 noisy, 3 known, 1 mask channel
+        self.register_buffer("positions", _positions(config.image_size // p, dim), persistent=False)
+        self.embed_time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
 
-        # A caption's words see each other in two small transformer layers, which stand where PixArt has T5: "red" and
-        # "circle" must become "a circle that is red" somewhere.
-        self.embed_word = nn.Embedding(len(c.vocabulary) + 1, c.dim)
-        self.word_positions = nn.Parameter(0.02 * torch.randn(c.caption_length, c.dim))
-        encoder = nn.TransformerEncoderLayer(c.dim, c.heads, 2 * c.dim, 0.0, F.gelu, batch_first=True, norm_first=True)
+        # Two small transformer layers stand where PixArt has T5: "red", "circle" must become "a circle that is red".
+        self.embed_word = nn.Embedding(len(config.vocabulary) + 1, dim)
+        self.word_positions = nn.Parameter(0.02 * torch.randn(config.caption_length, dim))
+        encoder = nn.TransformerEncoderLayer(dim, config.heads, 2 * dim, 0.0, F.gelu, batch_first=True, norm_first=True)
         self.caption_encoder = nn.TransformerEncoder(encoder, num_layers=2, enable_nested_tensor=False)
 
-        self.condition = nn.Linear(c.dim, 6 * c.dim)  # adaLN-single, shared by all layers
-        self.layers = nn.ModuleList(RoutedLayer(c.dim, c.heads) for _ in range(c.depth))
-        self.condition_out = nn.Linear(c.dim, 2 * c.dim)
-        self.out = nn.Linear(c.dim, 3 * c.patch_size**2)
-        for module in (self.condition, self.condition_out, self.out):
-            nn.init.zeros_(module.weight)
-            nn.init.zeros_(module.bias)
+        self.condition = nn.Linear(dim, 6 * dim)  # shared by all layers
+        self.layers = nn.ModuleList(RoutedLayer(Layer(dim, config.heads), dim) for _ in range(config.depth))
+        self.condition_out = nn.Linear(dim, 2 * dim)
+        self.out = nn.Linear(dim, 3 * p**2)
+        for parameter in nn.ModuleList([self.condition, self.condition_out, self.out]).parameters():
+            nn.init.zeros_(parameter)
 
-        # The ratios. The four modes, the paper's ablation, differ in this table:
-        #   dense           stays zero, and no router runs
+        # The four modes, the paper's ablation, differ in this table alone:
+        #   dense           zeros, and no router runs
         #   uniform         one fixed ratio everywhere (plain Mixture-of-Depths); the trainer fills it in
         #   layer           one learned ratio a layer, the same at all noise levels (paper 3.3)
         #   layer-timestep  one learned ratio a layer and region (paper 3.4), column 0 the least noisy: the full method
-        columns = c.regions if c.mode == "layer-timestep" else 1
-        self.ratios = nn.Parameter(torch.zeros(c.depth, columns), requires_grad=c.mode.startswith("layer"))
+        ratios = torch.zeros(config.depth, config.regions if config.mode == "layer-timestep" else 1)  # (L, C)
+        self.ratios = nn.Parameter(ratios, requires_grad=config.mode in ("layer", "layer-timestep"))
 
     @torch.no_grad()
     def clamp_ratios(self) -> None:
-        """Bring the ratios back into [0, 1 - 1/N], so that at least one token is processed. Call it after every step.
+        """Bring the ratios back into [0, 1 - 1/N], where they mean what k does. Call it after every step.
 
-        A clamp inside the forward pass would give a ratio beyond the bound no gradient, and it would never return.
+        In the forward pass, a clamp has no gradient beyond its bounds, on PyTorch 2.14 not even at 0, where all start.
         """
         self.ratios.clamp_(0, 1 - 1 / self.config.tokens)
 
@@ -286,65 +284,53 @@ class DiT(nn.Module):
         return self.caption_encoder(self.embed_word(words) + self.word_positions)
 
     def forward(
-        self,
-        x: Tensor,
-        t: Tensor,
-        caption: Tensor,
-        known: Tensor,
-        mask: Tensor,
-        k: Sequence[int] | None = None,
-        ratios: Tensor | None = None,
-        routing: list | None = None,
+        self, noisy: Tensor, t: Tensor, caption: Tensor, known: Tensor, mask: Tensor, k=None, ratio=None
     ) -> Tensor:
-        """Predict the noise in x: returns (B, 3, S, S).
+        """Predict the noise in the noisy images: (B, 3, S, S) to (B, 3, S, S).
 
-        Args:
-            x: noisy images (B, 3, S, S). t: noise levels (B,), from 0 (clean) to 1 (noise).
-            caption: (B, W, D), from encode_caption.
-            known, mask: pixels that are given (B, 3, S, S), and where to generate (B, 1, S, S), 1 = generate. Pixels
-                under the mask are hidden from the model; a mask of all ones is plain generation.
-            k, ratios, routing: as in RoutedLayer, for all layers: L integers; the column (L,) of the table that they
-                came from; one list for all.
+        t: noise levels (B,), from 0 (clean) to 1 (noise). caption: (B, W, D), from encode_caption.
+        known, mask: pixels that are given (B, 3, S, S), and where to generate (B, 1, S, S), 1 = generate. What `known`
+            holds under the mask is hidden from the model; a mask of all ones is plain generation.
+        k, ratio: as in RoutedLayer, for each layer: k a list of L integers, or ratio (L, B), or neither.
         """
         p, side = self.config.patch_size, self.config.image_size // self.config.patch_size
-        pixels = torch.cat([x, known * (1 - mask), mask], dim=1)  # (B, 7, S, S)
-        h = self.embed_patch(F.pixel_unshuffle(pixels, p).flatten(2).transpose(1, 2)) + self.positions  # (B, N, D)
+        pixels = torch.cat([noisy, known * (1 - mask), mask], dim=1)  # (B, 7, S, S)
+        x = self.embed_patch(F.pixel_unshuffle(pixels, p).flatten(2).transpose(1, 2)) + self.positions  # (B, N, D)
 
         # PixArt's timestep conditioning, plus the mean of the caption's tokens (as in Stable Diffusion 3).
         condition = F.silu(self.embed_time(_waves(1000 * t, self.config.dim, 10_000)) + caption.mean(dim=1))  # (B, D)
         modulation = self.condition(condition).unflatten(1, (6, -1))  # (B, 6, D)
-        nothing = [None] * len(self.layers)
-        for layer, k_l, ratio in zip(self.layers, k or nothing, nothing if ratios is None else ratios):
-            h = layer(h, modulation, caption, k_l, ratio, routing)  # (B, N, D)
+        for i, layer in enumerate(self.layers):
+            k_i, ratio_i = None if k is None else k[i], None if ratio is None else ratio[i]
+            x = layer(x, modulation, caption, k=k_i, ratio=ratio_i)  # (B, N, D)
 
         shift, scale = self.condition_out(condition).unsqueeze(1).chunk(2, dim=2)  # (B, 1, D) each
-        patches = self.out(_modulate(h, shift, scale))  # (B, N, 3 * p * p)
-        out = F.pixel_shuffle(patches.transpose(1, 2).unflatten(2, (side, side)), p)  # (B, 3, S, S)
-        # At high noise x is nearly eps itself, and what matters is how it differs. So the network's own output is the
-        # velocity v = a * eps - s * x_0 (Salimans and Ho 2022), from which eps follows; without this line it
-        # would have to repeat x to many digits.
+        patches = self.out(_normalise(x, shift, scale))  # (B, N, 3 * p * p)
+        velocity = F.pixel_shuffle(patches.transpose(1, 2).unflatten(2, (side, side)), p)  # (B, 3, S, S)
+        # The last layer gives the velocity v = a * eps - s * x0 (Salimans and Ho 2022), from which the noise follows.
+        # At high noise the input is nearly eps: a network that gave eps would have to copy it.
         a, s = (z.view(-1, 1, 1, 1) for z in schedule(t))
-        return s * x + a * out
+        return s * noisy + a * velocity
 
 
 def _waves(position: Tensor, dim: int, longest: float) -> Tensor:
     """Sine-cosine features: (n,) to (n, dim), wavelengths from 2 pi to longest * 2 pi."""
     frequency = torch.exp(-math.log(longest) * torch.arange(dim // 2, device=position.device) / (dim // 2))
-    angle = position.float().unsqueeze(1) * frequency
+    angle = position.unsqueeze(1) * frequency  # (n, dim / 2)
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
 def _positions(side: int, dim: int) -> Tensor:
     """Fixed 2-D sine-cosine positions (N, D): half of the width tells the row, half the column."""
-    row = _waves(torch.arange(side), dim // 2, 100)  # (side, D/2)
-    return torch.cat([row.repeat_interleave(side, dim=0), row.repeat(side, 1)], dim=1)
+    place = _waves(torch.arange(side), dim // 2, 100)  # (side, D/2)
+    return torch.cat([place.repeat_interleave(side, dim=0), place.repeat(side, 1)], dim=1)
 
 
-# --- Diffusion: noise schedule, loss, sampler --------------------------------------------------------------------------
+# --- Diffusion: noise schedule, loss, sampler ------------------------------------------------------------------------
 
 
 def schedule(t: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine noise schedule (a, s): x_t = a * x_0 + s * eps. t in [0, 1]; t = 1 leaves 2 % of the signal."""
+    """Cosine noise schedule (a, s): x_t = a * x0 + s * eps. t = 1 leaves 2 % of the signal: a sampler divides by a."""
     angle = t * math.acos(0.02)
     return angle.cos(), angle.sin()
 
@@ -359,80 +345,56 @@ def diffusion_loss(
 ) -> Tensor:
     """Mean squared error of the predicted noise, one number an image: (B,).
 
-    images (B, 3, S, S) in [-1, 1]; words (B, W), ids as in Config; mask (B, 1, S, S), 1 = generate; t (B,) on the
-    CPU, ascending, in (0, 1]; eps (B, 3, S, S), the noise. route=False runs the model densely, without its routers:
-    the first part of a training from nothing.
-
-    Images that run together share k. But one step should see noise levels of all kinds, for steps on single regions
-    would pull the weights to and fro. So the regions of a batch run one after another, and their gradients add up.
-    (Every other region, in turn, was as good, and faster: --every-nth-region of train_cifar.py.)
+    images (B, 3, S, S) in [-1, 1], which are also the known pixels: the model hides those under the mask; words (B, W),
+    ids as in Config; mask (B, 1, S, S), 1 = generate; t (B,) in (0, 1]; eps (B, 3, S, S); route=False: no routers, as
+    before routing begins. It is a * a times the error of v: nearly blind to high noise, where tables skip most.
     """
-    route = route and model.config.mode != "dense"
-    columns = model.ratios.shape[1] if route else 1
-    k = tokens_processed(model.ratios, model.config.tokens) if route else None
-    learning = route and model.ratios.requires_grad and torch.is_grad_enabled()
-    region = [column_of(level, columns) for level in t.tolist()]
-    t, caption = t.to(images.device), model.encode_caption(words)
-    losses = []
-    for c in sorted(set(region)):
-        rows = slice(region.index(c), region.index(c) + region.count(c))  # neighbours, as t ascends
-        x0, level = images[rows], t[rows]
-        a, s = (z.view(-1, 1, 1, 1) for z in schedule(level))
-        ratios = model.ratios[:, c] if learning else None
-        guess = model(a * x0 + s * eps[rows], level, caption[rows], x0, mask[rows], k[c] if k else None, ratios)
-        losses.append((guess.float() - eps[rows]).square().mean(dim=(1, 2, 3)))
-    return torch.cat(losses)
+    routed = route and model.config.mode != "dense"
+    ratio = model.ratios[:, column_of(t, model.ratios.shape[1])] if routed else None  # (L, B)
+    a, s = (z.view(-1, 1, 1, 1) for z in schedule(t))
+    predicted = model(a * images + s * eps, t, model.encode_caption(words), images, mask, ratio=ratio)
+    return (predicted.float() - eps).square().mean(dim=(1, 2, 3))
 
 
 @torch.no_grad()
 def sample(
-    model: DiT,
-    words: Tensor,
-    noise: Tensor,
-    steps: int = 30,
-    guidance: float = 3.0,
-    known: Tensor | None = None,
-    mask: Tensor | None = None,
-    ratios: Tensor | None = None,
-    hook: Callable[[float, Tensor, list], None] | None = None,
+    model: DiT, words: Tensor, noise: Tensor, steps=30, guidance=3.0, known=None, mask=None, ratios=None, hook=None
 ) -> Tensor:
     """Generate images (B, 3, S, S) in [-1, 1] with DPM-Solver++(2M), the tokens that a layer skips really skipped.
 
-    Args:
-        words: (B, W), ids as in Config. noise: the start (B, 3, S, S), standard normal.
-        guidance: classifier-free guidance; 1 is the plain conditional model, at half the cost.
-        known, mask: for inpainting, see DiT.forward; known pixels are returned unchanged.
-        ratios: another table (L, any number of columns) in place of the learned one; zeros skip nothing (the gates
-            remain). A model of mode dense has no use for it.
-        hook: called at every step with t, the current guess of the image, and for each layer its scores and processed
-            tokens (see RoutedLayer), those of the conditional half.
+    words (B, W), ids as in Config; noise, the start (B, 3, S, S), standard normal; guidance, classifier-free: 1 is the
+    plain conditional model, at half the cost; known and mask, for inpainting, as in DiT.forward: known pixels are
+    returned unchanged; ratios, another table (L, any number of columns) in place of the learned one: zeros skip nothing
+    (the gates remain), and a dense model ignores it; hook, a function, called at every step with t and the current x0.
     """
-    guided = guidance != 1
+    ratios = model.ratios if ratios is None else ratios
+    levels = torch.linspace(1, 0, steps + 1)
+    column = column_of(levels[:-1], ratios.shape[1]).tolist()  # of each step
+    k = tokens_processed(ratios, model.config.tokens).T.tolist()  # k[column][layer]; one transfer from the device
+    a, s = (z.tolist() for z in schedule(levels))
     known = torch.zeros_like(noise) if known is None else known
     mask = torch.ones_like(noise[:, :1]) if mask is None else mask
-    k = tokens_processed(model.ratios if ratios is None else ratios, model.config.tokens)
-    twice = (lambda z: torch.cat([z, z])) if guided else (lambda z: z)  # with guidance, both captions run as one batch
+    guided = guidance != 1  # then both captions, the given and the null one, run as one batch
+    double = (lambda z: torch.cat([z, z])) if guided else (lambda z: z)
     caption = model.encode_caption(torch.cat([words, torch.zeros_like(words)]) if guided else words)
-    known2, mask2 = twice(known), twice(mask)
 
-    x, last, last_h = noise, noise, math.inf  # inf: nothing to extrapolate from in the first step
-    for t, t_next in itertools.pairwise(torch.linspace(1, 0, steps + 1).tolist()):
-        routing: list | None = None if hook is None else []
-        k_t = None if model.config.mode == "dense" else k[column_of(t, len(k))]
-        x2 = twice(x)
-        eps = model(x2, x2.new_full((len(x2),), t), caption, known2, mask2, k_t, routing=routing).float()
+    noisy, last_x0, last_stride = noise, noise, 1.0
+    for i, t in enumerate(levels[:-1].tolist()):
+        t_of_all = noisy.new_full((len(caption),), t)
+        k_i = None if model.config.mode == "dense" else k[column[i]]
+        eps = model(double(noisy), t_of_all, caption, double(known), double(mask), k=k_i).float()
         if guided:
             conditional, unconditional = eps.chunk(2)
             eps = unconditional + guidance * (conditional - unconditional)
-
-        (a, s), (a_next, s_next) = ([float(z) for z in schedule(torch.tensor(u))] for u in (t, t_next))
-        x0 = torch.where(mask.bool(), ((x - s * eps) / a).clamp(-1, 1), known)
+        x0 = torch.where(mask.bool(), ((noisy - s[i] * eps) / a[i]).clamp(-1, 1), known)
         if hook is not None:
-            hook(t, x0, [(score[: len(x)], index[: len(x)]) for score, index in routing or []])
-        # DDIM takes x0 for the image; 2M extrapolates from the last x0 and this one, but not in the first step and the
-        # last. h is the step in log(a / s).
-        h = math.log(a_next / s_next) - math.log(a / s) if s_next > 0 else 0.0
-        image = x0 + h / (2 * last_h) * (x0 - last)
-        x = a_next * image + s_next * (x - a * image) / s
-        last, last_h = x0, h
-    return x  # the last step ends at t = 0, where x is x0
+            hook(t, x0)
+        # DDIM takes x0 for the image and goes to the next noise level along the noise that this implies. 2M takes what
+        # the last x0 and this one extrapolate to, in log(a / s); the first step has no last x0, the last ends at s = 0.
+        image = x0
+        if i < steps - 1:
+            stride = math.log(a[i + 1] / s[i + 1]) - math.log(a[i] / s[i])
+            image = x0 if i == 0 else x0 + stride / (2 * last_stride) * (x0 - last_x0)
+            last_x0, last_stride = x0, stride
+        noisy = a[i + 1] * image + s[i + 1] * (noisy - a[i] * image) / s[i]
+    return noisy  # at t = 0, where it is x0

@@ -3,561 +3,317 @@
     python sample.py --prompt "a red circle above a blue square" --num 4
     python sample.py --checkpoint runs/shapes/checkpoint.pt --dense          # the same weights, nothing skipped
     python sample.py --ratios my_table.json --routing-map                    # another ratio table, and where it skips
-    python sample.py --inpaint photo.png --mask mask.png --prompt "a blue cross"   # white in the mask is generated
+    python sample.py --inpaint assets/photo.png --mask assets/mask.png --prompt "a red circle left of a blue cross"
 
-Takes seconds on a CPU. Leaves one captioned picture (--out), and prints what the sampling cost. The functions that
-read a checkpoint and draw pictures live here; train_cifar.py uses them too.
+Takes seconds on a CPU, leaves one captioned picture (--out), and prints what the sampling cost. In an environment with
+DIFFRATIO_MOD=my_solution.py that file takes the place of diffratio_mod.py, here and in training.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
+import difflib
+import importlib.util
 import json
-import math
 import os
 import sys
+import textwrap
 import time
-import warnings
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
 from pathlib import Path
-from typing import IO, NoReturn
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that wait sleep, so that others can work
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from diffratio_mod import Config, DiT, InputError, column_of, sample, tokens_processed
+if (other := os.environ.get("DIFFRATIO_MOD")) and "diffratio_mod" not in sys.modules:
+    spec = importlib.util.spec_from_file_location("diffratio_mod", other)
+    if spec is None or not Path(other).is_file():
+        argparse.ArgumentParser().exit(2, f"error: DIFFRATIO_MOD={other} is no Python file; give one, or unset it\n")
+    sys.modules["diffratio_mod"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["diffratio_mod"])
+from diffratio_mod import Config, DiT, InputError, RoutedLayer, column_of, sample, tokens_processed
 
 READY_MADE = Path(__file__).parent / "assets" / "shapes_routed.pt"
-LARGEST_PICTURE = 50_000_000  # pixels; a larger input image is refused before it is decoded
-Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit only warns
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line, device, files
-# ---------------------------------------------------------------------------------------------------------------------
+FONT, SMALL, INK, PAPER = ImageFont.load_default(15), ImageFont.load_default(12), (30, 30, 40), (255, 255, 255)
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are one line, as all others."""
+    def __init__(self, description: str | None) -> None:
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    def error(self, message: str) -> NoReturn:
+    def error(self, message: str) -> None:
         raise InputError(f"{message}; see --help")
 
 
-def keep_freed_memory() -> None:
-    """Let the C library keep the memory that tensors free, for speed on a CPU.
+def number(kind: type, low: float, high: float) -> Callable[[str], float]:
+    """The type of a flag: an int or a float from low to high."""
 
-    glibc hands large blocks back to the system as soon as they are free, and gets new, empty pages for the next
-    layer's tensors, which costs time. Elsewhere than with glibc, nothing happens.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: smaller blocks (32 MiB is the most allowed) come from the heap
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap shrinks only if this much of its end is free
+    def convert(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if low <= kind(text) <= high:
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"must be {kind.__name__} from {low:g} to {high:g}, not {text!r}")
+
+    return convert
 
 
-def run_command(main: Callable[[], int | None]) -> NoReturn:
-    """Run a command's main function; bad input becomes one line on standard error and exit code 2."""
-    keep_freed_memory()
+def run_command(main: Callable[[], int | None]) -> None:
+    """Run a command's main function; what is wrong becomes one printable line on standard error, and exit code 2."""
     try:
         sys.exit(main())
     except KeyboardInterrupt:
         sys.exit(130)
-    except (InputError, OSError) as error:  # OSError: a full disk, a folder that may not be written, ...
-        text = " ".join(str(error).split())[:2000]  # parts of it can come from a hostile file
-        print("error: " + "".join(c if c.isprintable() else "?" for c in text), file=sys.stderr)
-        sys.exit(2)
-    except torch.cuda.OutOfMemoryError:
-        print("error: not enough memory on the device; try a smaller --batch-size or model", file=sys.stderr)
+    except (InputError, OSError, MemoryError, torch.cuda.OutOfMemoryError) as error:  # OSError: a full disk, ...
+        print("error:", "".join(filter(str.isprintable, " ".join(str(error).split())))[:1000], file=sys.stderr)
         sys.exit(2)
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called `name`; "auto" takes CUDA, then Apple's MPS, then the CPU. Raises InputError."""
-    here = ["cpu"]
-    if torch.backends.mps.is_available():
-        here.insert(0, "mps")
-    if torch.cuda.is_available():
-        here.insert(0, "cuda")
-    try:
-        device = torch.device(here[0] if name == "auto" else name)
-    except RuntimeError:
-        raise InputError(f"unknown device {name!r}; here: {', '.join(here)}") from None
-    if device.type not in here or (device.index or 0) >= max(1, torch.cuda.device_count()):
-        raise InputError(f"device {name!r} is not available; here: {', '.join(here)}")
-    return device
+    """The device called `name`; "auto" takes CUDA, then Apple's MPS, then the CPU."""
+    here = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    if name not in ("auto", *here):
+        raise InputError(f"device {name!r} is not available; here: auto, {', '.join(here)}")
+    return torch.device(here[0] if name == "auto" else name)
+
+
+# --- Files -----------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """No warnings of a library about a damaged file: it is refused in one line, or it is good enough."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+def complaining(about: str) -> Iterator:
+    """Whatever goes wrong within becomes one line: a damaged or hostile file can fail in any way."""
+    try:
         yield
+    except Exception as error:  # noqa: BLE001
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}".removeprefix("InputError: ")
+        reason = "it holds code, or is damaged" if "Weights only load failed" in reason else reason[:400]
+        raise InputError(f"{about}: {reason}") from None
 
 
 @contextlib.contextmanager
-def writing(path: Path, mode: str = "wb") -> Iterator[IO]:
-    """An open file; what goes wrong with it (a full disk, a folder without permission) becomes an InputError."""
-    try:
-        with open(path, mode) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise InputError(f"cannot write {path}: {reason}; what had been saved before is untouched") from None
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[IO]:
+def replacing(path: Path) -> Iterator:
     """A file that takes the place of `path` when it is complete and on disk, and vanishes if anything goes wrong."""
-    temporary = path.with_name(path.name + ".part")
-    try:
-        with writing(temporary) as file:
-            yield file
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    part = path.with_name(path.name + ".part")
+    with complaining(f"cannot write {path}, what was there before is safe"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(part, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
-def read_checkpoint(path: Path) -> dict:
-    """Read a checkpoint without running anything from it: a dictionary of tensors and plain values.
-
-    Raises InputError for a file that is missing, cut short, not a checkpoint, or that holds code.
-    """
-    if not path.is_file():
-        raise InputError(f"no checkpoint at {path}; train one with train_cifar.py or give --checkpoint")
-    try:
-        with zipfile.ZipFile(path) as archive:  # what torch.save writes: a zip archive, nothing in it compressed
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise InputError(f"{path} is not a checkpoint of this project: its contents are compressed")
-        with quiet():
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except InputError:
-        raise
-    except Exception as error:  # noqa: BLE001 - torch.load fails in a dozen ways on a damaged file; each means the same to the user
-        reason = "it holds code, which is not run" if "weights_only" in str(error) else "damaged, or another format"
-        raise InputError(f"cannot read {path} as a checkpoint: {reason} ({type(error).__name__})") from None
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("ema"), dict) or "config" not in checkpoint:
-        raise InputError(f"{path} is not a checkpoint of this project: it has no config and ema entries")
-    return checkpoint
+def read_checkpoint(path: Path, weights: str = "ema") -> tuple[DiT, dict]:
+    """The model with the weights "ema" or "model" of a checkpoint, on the CPU, and all of it. Runs nothing of it."""
+    with complaining(f"cannot use {path} as a checkpoint"):
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        config, values = Config(**checkpoint["config"]), checkpoint[weights]
+        with torch.device("meta"):  # shapes without memory: weights that do not fit are refused before any is taken
+            DiT(config).load_state_dict(dict(values), assign=True)  # a copy: assign leaves its mark in the metadata
+        model = DiT(config).eval()
+        model.load_state_dict(values)
+        if not all(value.isfinite().all() for value in values.values()):
+            raise InputError("its weights are not finite")
+    return model, checkpoint
 
 
-LARGEST = {"image_size": 1024, "patch_size": 64, "dim": 2048, "depth": 64, "heads": 64, "caption_length": 256}
-
-
-def check_config(values: dict) -> Config:
-    """A Config from a file or a command line; raises InputError where a size could ask for all memory."""
-    for name, most in (LARGEST | {"regions": 1000}).items():
-        if type(values[name]) is not int or not 1 <= values[name] <= most:
-            raise InputError(f"{name} must be a whole number from 1 to {most}, not {str(values[name])[:40]!r}")
-    words = values["vocabulary"]
-    if not 1 <= len(words) <= 50_000 or not all(type(word) is str for word in words) or len(set(words)) < len(words):
-        raise InputError("the vocabulary must be 1 to 50000 words, each of them once")
-    if type(values["mode"]) is not str or len(values["mode"]) > 40:
-        raise InputError("the mode must be one word")
-    config = Config(**{**values, "vocabulary": tuple(words)})
-    if config.tokens > 16384:
-        raise InputError(f"{config.tokens} patches an image are too many, at most 16384; take larger patches")
-    return config
-
-
-def build_model(checkpoint: dict, path: Path, weights: str = "ema") -> DiT:
-    """The model that a checkpoint describes, in evaluation mode on the CPU.
-
-    weights: the entry of the checkpoint to take, "ema" or "model". Raises InputError where the config is absurd or a
-    tensor is missing, unknown, misshapen or not finite; before that nothing of the config's size is allocated.
-    """
-    values, names = checkpoint["config"], {field.name for field in fields(Config)}
-    if not isinstance(values, dict) or set(values) != names or not isinstance(values["vocabulary"], (list, tuple)):
-        raise InputError(f"{path}: the config must have exactly the entries {', '.join(sorted(names))}")
-    try:
-        config = check_config(values)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-    with torch.device("meta"):  # shapes without memory
-        expected = {name: tuple(value.shape) for name, value in DiT(config).state_dict().items()}
-    given = checkpoint.get(weights)
-    if not isinstance(given, dict) or not all(isinstance(value, Tensor) for value in given.values()):
-        raise InputError(f"{path}: the entry {weights!r} is not a dictionary of tensors")
-    if odd := sorted(map(str, set(expected) ^ set(given))):
-        raise InputError(f"{path}: {len(odd)} tensors are missing or unknown, the first is {odd[0][:80]}")
-    for name, shape in expected.items():
-        value = given[name]
-        if tuple(value.shape) != shape or value.layout != torch.strided or not value.is_floating_point():
-            raise InputError(f"{path}: {name} has shape {tuple(value.shape)} instead of {shape}, or is not of floats")
-        if not value.isfinite().all():
-            raise InputError(f"{path}: {name} holds a value that is not finite")
-    check_ratios(given["ratios"].tolist(), config.depth, str(path))
-    model = DiT(config)
-    model.load_state_dict(given)
-    return model.eval()
-
-
-def check_ratios(table: object, depth: int, source: str) -> Tensor:
-    """A ratio table as nested lists, checked, to a tensor (L, C). Raises InputError; `source` names where it is from."""
-    number = (int, float)
-    if not isinstance(table, list) or not all(isinstance(row, list) for row in table) or len(table) != depth:
-        raise InputError(f"{source}: the ratios must be {depth} rows, one a layer, each a list of numbers")
-    if len({len(row) for row in table}) != 1 or not 1 <= len(table[0]) <= 1000:
-        raise InputError(f"{source}: every row of ratios must have the same number of columns, 1 to 1000")
-    for row in table:
-        for ratio in row:
-            if isinstance(ratio, bool) or not isinstance(ratio, number) or not 0 <= ratio < 1:
-                raise InputError(f"{source}: the compression ratio {str(ratio)[:40]!r} is not a number in [0, 1)")
-    return torch.tensor(table, dtype=torch.float32).clamp(max=1 - 2**-24)
-
-
-def read_ratios(path: Path, depth: int) -> Tensor:
-    """A ratio table (L, C) from a JSON file: {"ratios": [[...], ...]}, as train_cifar.py writes it. Raises InputError."""
-    try:
-        if path.stat().st_size > 10_000_000:
-            raise InputError(f"{path} is too large for a ratio table")
+def read_ratios(path: Path, depth: int) -> torch.Tensor:
+    """A ratio table (L, C) from a JSON file: {"ratios": [[...], ...]}, as train_cifar.py writes it."""
+    with complaining(f"cannot use --ratios {path} (assets/ratios.json is an example)"):
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path} is not a JSON file: {error}") from None
-    return check_ratios(content.get("ratios") if isinstance(content, dict) else content, depth, str(path))
+        ratios = torch.tensor(content["ratios"] if isinstance(content, dict) else content, dtype=torch.float32)
+        if ratios.ndim != 2 or len(ratios) != depth or not ratios.numel() or not ((ratios >= 0) & (ratios < 1)).all():
+            raise InputError(f"it must have {depth} rows, one a layer, of ratios in [0, 1)")
+    return ratios
 
 
-def round_k(ratios: Tensor, tokens: int, multiple: int) -> Tensor:
-    """The ratio table (L, C) whose k are those of `ratios`, rounded to a multiple, at least 1 and at most N.
-
-    Attention kernels compute in blocks, so some k cost more time than larger ones.
-    """
-    k = (tokens * (1 - ratios) / multiple).round() * multiple
-    return 1 - k.clamp(1, tokens) / tokens
-
-
-def read_picture(path: Path, size: int, mode: str) -> Image.Image:
-    """An image file, converted to a Pillow mode and resized to size x size. Raises InputError if it is not a picture."""
-    try:
-        with quiet(), Image.open(path) as file:
-            if file.width * file.height > LARGEST_PICTURE:
-                raise InputError(f"it is too large, {file.width} x {file.height} pixels")
-            picture = file.convert(mode)
-    except FileNotFoundError:
-        raise InputError(f"there is no file {path}") from None
-    except Exception as error:  # noqa: BLE001 - Pillow raises many kinds of errors on damaged files
-        raise InputError(f"cannot read {path} as an image: {error}") from None
-    return picture if picture.size == (size, size) else picture.resize((size, size), Image.Resampling.BICUBIC)
+def read_inpainting(picture: Path, mask: Path, size: int) -> dict[str, torch.Tensor]:
+    """The known pixels (3, S, S) in [-1, 1] and the mask (1, S, S), 1 = generate."""
+    with complaining(f"cannot use --inpaint {picture} and --mask {mask}"):
+        images = [Image.open(path).convert("RGB") for path in (picture, mask)]
+        if images[0].size != images[1].size:
+            raise InputError(f"they must be of the same size, not {images[0].size} and {images[1].size}")
+    known, where = (torch.from_numpy(np.array(image.resize((size, size)))) for image in images)
+    return {"known": known.permute(2, 0, 1) / 127.5 - 1, "mask": (where[None, :, :, 0] >= 128).float()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Sampling from prompts, and what it costs
-# ---------------------------------------------------------------------------------------------------------------------
+# --- Sampling from prompts, and what it costs ------------------------------------------------------------------------
 
 
-def encode(config: Config, captions: Sequence[str]) -> Tensor:
-    """Captions to word ids (B, W). The empty caption, all zeros, is the null caption of classifier-free guidance.
-
-    Raises InputError for a word that is not in the vocabulary and for a caption of more than W words.
-    """
+def encode(config: Config, captions: Sequence[str]) -> torch.Tensor:
+    """Captions to word ids (B, W). The empty caption, all zeros, is the null caption of classifier-free guidance."""
     ids, rows = {word: i + 1 for i, word in enumerate(config.vocabulary)}, []
     for caption in captions:
         words = caption.lower().split()
-        if unknown := [word for word in words if word not in ids]:
-            raise InputError(f"unknown word {unknown[0]!r} in {caption!r}; known: {' '.join(config.vocabulary)}")
+        for word in [word for word in words if word not in ids]:
+            close = "".join(f"did you mean {known!r}? " for known in difflib.get_close_matches(word, ids, 1))
+            raise InputError(f"unknown word {word!r} in {caption!r}; {close}known: {' '.join(ids)}")
         if len(words) > config.caption_length:
             raise InputError(f"caption {caption!r} has {len(words)} words; at most {config.caption_length} fit")
         rows.append([ids[word] for word in words] + [0] * (config.caption_length - len(words)))
-    return torch.tensor(rows, dtype=torch.long).reshape(len(rows), config.caption_length)
+    return torch.tensor(rows, dtype=torch.long)
 
 
-def generate(
-    model: DiT,
-    prompts: Sequence[str],
-    seed: int,
-    first: int = 0,
-    known: Tensor | None = None,
-    mask: Tensor | None = None,
-    **options,
-) -> np.ndarray:
-    """One image a prompt, uint8 (B, S, S, 3). For inpainting, known (3, S, S) and mask (1, S, S) are
-    shared by all images; with a leading B, each has its own.
-
-    Every image has its own noise, from the seed and its number (`first` + position), so that it does not depend on
-    the batch that it is made in. options: steps, guidance, ratios, hook, see diffratio_mod.sample.
-    """
-    size, device = model.config.image_size, next(model.parameters()).device
-    noise = [
-        torch.randn(3, size, size, generator=torch.Generator().manual_seed(seed * 1_000_003 + first + i))
-        for i in range(len(prompts))
-    ]
-    if known is not None and mask is not None:
-        options["known"] = known.to(device).expand(len(prompts), -1, -1, -1)
-        options["mask"] = mask.to(device).expand(len(prompts), -1, -1, -1)
-    words = encode(model.config, prompts).to(device)
-    return to_uint8(sample(model, words, torch.stack(noise).to(device), **options))
+def generate(model: DiT, prompts: Sequence[str], seed: int, first: int = 0, **options) -> np.ndarray:
+    """Images (B, S, S, 3), uint8, each from its own noise, whatever the batch. options: of diffratio_mod.sample."""
+    size, device = model.config.image_size, model.ratios.device
+    rngs = [torch.Generator().manual_seed(seed * 1_000_003 + first + i) for i in range(len(prompts))]
+    noise = torch.stack([torch.randn(3, size, size, generator=rng) for rng in rngs]).to(device)
+    for name in {"known", "mask"} & set(options):
+        options[name] = options[name].to(device).expand(len(prompts), -1, -1, -1)
+    return to_uint8(sample(model, encode(model.config, prompts).to(device), noise, **options))
 
 
-def to_uint8(images: Tensor) -> np.ndarray:
+def to_uint8(images: torch.Tensor) -> np.ndarray:
     """Images (B, 3, S, S) in [-1, 1] to uint8 (B, S, S, 3)."""
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def to_float(images: np.ndarray) -> Tensor:
-    """The inverse of to_uint8: uint8 (B, S, S, 3) to (B, 3, S, S) in [-1, 1]."""
-    return torch.from_numpy(images.copy()).permute(0, 3, 1, 2).float() / 127.5 - 1
+def sampling_flops(config: Config, ratios: torch.Tensor, steps: int, guidance: float) -> int:
+    """Floating-point operations to sample one image, as PyTorch counts them (2 for a multiply-add)."""
+    with torch.device("meta"):  # shapes are all that counts
+        model, image = DiT(config), torch.zeros(1, 3, config.image_size, config.image_size)
+        words = torch.zeros(1, config.caption_length, dtype=torch.long)
+    total, columns = 0, column_of(torch.linspace(1, 0, steps + 1)[:-1], ratios.shape[1]).tolist()
+    for column in set(columns):  # steps of one column cost the same
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # a form that it can count
+            sample(model, words, image, 1, guidance, ratios=ratios[:, [column]].cpu())
+        step = sum(counter.get_flop_counts()["DiT"].values())
+        total += columns.count(column) * step
+    return total + counter.get_total_flops() - step  # the captions are encoded once
 
 
-def sampling_flops(model: DiT, steps: int, guidance: float, ratios: Tensor | None = None) -> int:
-    """Floating-point operations to sample one image, counted by PyTorch's counter step by step (2 for a multiply-add)."""
-    config, device = model.config, next(model.parameters()).device
-    image = torch.zeros(1, 3, config.image_size, config.image_size, device=device)
-    words = torch.zeros(1, config.caption_length, dtype=torch.long, device=device)
-    # The counter knows the plain form of attention on every device, the fused one only on some.
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        sample(model, words, image, steps, guidance, ratios=ratios)
-    return counter.get_total_flops()
+def record_routing(model: DiT, records: list) -> list:
+    """Let layers that sample append their scores (B, N) and processed tokens (B, k) to `records`. Gives the hooks."""
+
+    def record(layer: RoutedLayer, inputs: tuple, options: dict, _: torch.Tensor) -> None:
+        score, order = layer.score_and_sort(inputs[0])
+        records.append((score, order[:, : options["k"]]))
+
+    return [layer.register_forward_hook(record, with_kwargs=True) for layer in model.layers]
 
 
-def mean_sampling_ratio(model: DiT, steps: int, ratios: Tensor | None = None) -> float:
-    """The share of (token, layer) pairs that a sampling run skips, from the k that it uses."""
-    if model.config.mode == "dense":
-        return 0.0
-    k = tokens_processed(model.ratios if ratios is None else ratios, model.config.tokens)
-    columns = [column_of(1 - i / steps, len(k)) for i in range(steps)]
-    return 1 - sum(sum(k[c]) for c in columns) / (steps * model.config.depth * model.config.tokens)
+# --- Pictures, all drawn with Pillow ---------------------------------------------------------------------------------
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures, all drawn with Pillow
-# ---------------------------------------------------------------------------------------------------------------------
-
-FONT, SMALL = ImageFont.load_default(15), ImageFont.load_default(12)
-INK, PAPER = (30, 30, 40), (255, 255, 255)
-
-
-def enlarge(image: np.ndarray, side: int) -> Image.Image:
-    """An image (S, S, 3) as a square picture with crisp pixels."""
-    return Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST)
-
-
-def wrap(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont = SMALL) -> str:
-    """Break a text into lines of at most `width` pixels."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        lines[-1:] = [longer] if font.getlength(longer) <= width else [lines[-1], word]
-    return "\n".join(lines)
-
-
-def draw_samples(images: np.ndarray, captions: Sequence[str], columns: int = 8, side: int = 112) -> Image.Image:
-    """A grid of images (B, S, S, 3), each over its caption."""
-    columns = min(columns, len(images))
-    width, height = side + 12, side + 46
-    sheet = Image.new("RGB", (columns * width + 12, math.ceil(len(images) / columns) * height + 12), PAPER)
-    draw = ImageDraw.Draw(sheet)
-    for i, (image, caption) in enumerate(zip(images, captions)):
-        x, y = 12 + i % columns * width, 12 + i // columns * height
-        sheet.paste(enlarge(image, side), (x, y))
-        draw.multiline_text((x, y + side + 3), wrap(caption, side), INK, SMALL, spacing=1)
-    return sheet
-
-
-def draw_ratios(ratios: Tensor, title: str) -> Image.Image:
-    """A ratio table (L, C) as a labelled heat map, noise on the left as in sampling, with the means at its edges."""
-    table = ratios.detach().float().cpu().flip(1)  # sampling order: from noise to image
-    table = torch.cat([table, table.mean(1, keepdim=True)], dim=1)
-    table = torch.cat([table, table.mean(0, keepdim=True)], dim=0)
-    rows, columns = table.shape
-    cell, gap, left, top = (58, 34), 8, 74, 64
-    sheet = Image.new("RGB", (left + columns * cell[0] + gap + 24, top + rows * cell[1] + gap + 44), PAPER)
-    draw = ImageDraw.Draw(sheet)
+def draw_grid(rows: list, title="", row_names=(), column_names=(), side=80, lines=0) -> Image.Image:
+    """A grid of squares, each of an image (S, S, 3) and a text, in its corner or under it, in so many lines."""
+    left, top, width, height = 14 + 50 * bool(row_names), 14 + 70 * bool(title), side + 4, side + 4 + 15 * lines
+    wide = max(left + width * len(rows[0]), 560 * bool(title)) + 10  # room for the title
+    draw = ImageDraw.Draw(sheet := Image.new("RGB", (wide, top + height * len(rows) + 10), PAPER))
     draw.text((14, 10), title, INK, FONT)
-    draw.text((14, 32), "share of tokens that bypass each layer", (110, 110, 120), SMALL)
-    for i in range(rows):
-        y = top + i * cell[1] + gap * (i == rows - 1)
-        draw.text((14, y + 9), "mean" if i == rows - 1 else f"layer {i + 1}", INK, SMALL)
-        for j in range(columns):
-            x = left + j * cell[0] + gap * (j == columns - 1)
-            ratio = float(table[i, j])
-            colour = tuple(round(255 + (dark - 255) * ratio) for dark in (0, 60, 130))
-            draw.rectangle((x, y, x + cell[0] - 2, y + cell[1] - 2), fill=colour)
-            draw.text((x + cell[0] / 2, y + cell[1] / 2), f"{ratio:.2f}", PAPER if ratio > 0.5 else INK, SMALL, "mm")
-    y = top + rows * cell[1] + gap + 6
-    for j in range(columns - 1):
-        high = 1 - j / (columns - 1)
-        label = f"{abs(high - 1 / (columns - 1)):.1f}-{high:.1f}" if columns < 12 else f"{high:.2f}"
-        draw.text((left + (j + 0.5) * cell[0], y), label, INK, SMALL, "ma")
-    draw.text((left + (columns - 0.5) * cell[0] + gap, y), "mean", INK, SMALL, "ma")
-    draw.text((left, y + 16), "noise level t, from noise (left) to image (right)", INK, SMALL)
+    for j, name in enumerate(column_names):
+        draw.text((left + j * width, top - 4), name, INK, SMALL, "ld", 1)
+    for i, row in enumerate(rows):
+        draw.text((14, top + i * height + side / 2), row_names[i] if row_names else "", INK, SMALL, "lm")
+        for j, (image, text) in enumerate(row):
+            x, y = left + j * width, top + i * height
+            sheet.paste(Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST), (x, y))
+            place, anchor = ((x, y + side + 1), "la") if lines else ((x + side - 3, y + side - 2), "rd")
+            draw.text(place, textwrap.fill(text, side // 6), INK, SMALL, anchor, 1, stroke_width=2, stroke_fill=PAPER)
     return sheet
 
 
-def draw_routing(
-    model: DiT, prompts: Sequence[str], seed: int, shown: int = 6, side: int = 80, **options
-) -> Image.Image:
-    """Sample a few prompts and show, for each, which tokens each layer processed as the image cleared.
+def draw_samples(images: np.ndarray, captions: Sequence[str], columns: int = 8) -> Image.Image:
+    """Images (B, S, S, 3), each over its caption."""
+    cells, lines = list(zip(images, captions)), max(len(textwrap.wrap(caption, 18)) for caption in captions)
+    return draw_grid([cells[i : i + columns] for i in range(0, len(cells), columns)], side=112, lines=lines)
 
-    Rows are layers, columns noise levels; a token that bypassed the layer is darkened, and the number is the share of
-    those. The first row is the model's guess of the image at that noise level. options: steps, guidance, ratios, see
-    diffratio_mod.sample.
-    """
-    config, records = model.config, []
-    if config.mode == "dense":
-        raise InputError("a dense model has no routing to show")
-    generate(model, prompts, seed, hook=lambda *record: records.append(record), **options)
-    picked = [records[round(i * (len(records) - 1) / (shown - 1))] for i in range(shown)]
-    left, top, gap, across = 74, 50, 26, config.image_size // config.patch_size
-    block = left + shown * (side + 3) + gap
-    sheet = Image.new("RGB", (len(prompts) * block + 12, top + (config.depth + 1) * (side + 3) + 56), PAPER)
-    draw = ImageDraw.Draw(sheet)
+
+def draw_ratios(ratios: torch.Tensor, title: str) -> Image.Image:
+    """A ratio table (L, C) as a heat map, noise on the left as in sampling, with the means at its edges."""
+    table, C = np.pad(ratios.detach().flip(1).cpu().numpy(), ((0, 1), (0, 1)), "mean"), ratios.shape[1]
+    colours = (255 - table[..., None, None, None] * np.array([255, 195, 125])).round().astype(np.uint8)
+    rows = [[(colour, f"{ratio:.2f}") for colour, ratio in zip(*row)] for row in zip(colours, table)]
+    levels = [f"t {1 - (j + 1) / C:.2g}\nto {1 - j / C:.2g}" for j in range(C)]
+    return draw_grid(rows, title, [*(f"layer {i + 1}" for i in range(len(ratios))), "mean"], [*levels, "mean"], side=46)
+
+
+def draw_routing(model: DiT, prompts: Sequence[str], seed: int, **options) -> Image.Image:
+    """Sample, and show for six steps which tokens each layer processed; the first row is the guess of the image."""
+    config, steps, records, columns, names = model.config, [], [], [], []
+    hooks = record_routing(model, records)
+    generate(model, prompts, seed, hook=lambda t, guess: steps.append((t, to_uint8(guess))), **options)
+    for hook in hooks:
+        hook.remove()
+    L, p, side = config.depth, config.patch_size, config.image_size // config.patch_size
+    for n, prompt in enumerate(prompts):  # with guidance, the first half of a batch is the conditional one
+        for i in sorted({round(j * (len(steps) - 1) / 5) for j in range(6)}):
+            t, guess = steps[i][0], steps[i][1][n]
+            processed = [np.isin(np.arange(side**2), order[n].cpu()) for _, order in records[i * L : (i + 1) * L]]
+            bright = [z.reshape(side, side, 1).repeat(p, 0).repeat(p, 1) for z in processed]  # L of (S, S, 1)
+            columns.append([(guess, ""), *((np.where(z, guess, guess // 5), f"{1 - z.mean():.2f}") for z in bright)])
+            names.append(f"{'' if i else prompt}\nt = {t:.2f}\nratio {1 - np.mean(processed):.2f}")
     title = "Tokens that each layer processed (bright) or let bypass (dark), and the share that bypassed"
-    draw.text((14, 8), title, INK, FONT)
-    for n, prompt in enumerate(prompts):
-        draw.text((n * block + left, 31), prompt, INK, SMALL)
-        for i in range(config.depth + 1):
-            y = top + i * (side + 3) + 4 * (i > 0)
-            draw.text((n * block + 14, y + side // 2 - 7), f"layer {i}" if i else "guess", INK, SMALL)
-            for j, (t, guess, routing) in enumerate(picked):
-                x = n * block + left + j * (side + 3)
-                tile = to_uint8(guess[n : n + 1])[0]
-                if i:
-                    processed = np.zeros(config.tokens, bool)
-                    processed[routing[i - 1][1][n].cpu().numpy()] = True
-                    pixels = processed.reshape(across, across).repeat(config.patch_size, 0).repeat(config.patch_size, 1)
-                    tile = np.where(pixels[..., None], tile, tile // 5)
-                sheet.paste(enlarge(tile.astype(np.uint8), side), (x, y))
-                if i:
-                    draw.rectangle((x + side - 29, y + side - 15, x + side - 1, y + side - 1), PAPER)
-                    ratio = 1 - len(routing[i - 1][1][n]) / config.tokens
-                    draw.text((x + side - 2, y + side - 1), f"{ratio:.2f}", INK, SMALL, "rd")
-                if i == config.depth:
-                    draw.text((x + side / 2, y + side + 4), f"t = {t:.2f}", INK, SMALL, "ma")
-                    share = 1 - sum(len(order[n]) for _, order in routing) / (config.depth * config.tokens)
-                    draw.text((x + side / 2, y + side + 20), f"ratio {share:.2f}", INK, SMALL, "ma")
-    return sheet
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The command
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def arguments() -> argparse.Namespace:
-    parser = Parser(description="Sample images from a DiffRatio-MoD checkpoint.")
-    add = parser.add_argument
-    add("--checkpoint", type=Path, default=READY_MADE, help="checkpoint to sample from (default: the ready-made one)")
-    add("--prompt", action="append", help="what to draw; repeatable (default: prompts kept in the checkpoint)")
-    add("--num", type=int, default=1, help="images a prompt (default 1)")
-    add("--steps", type=int, default=30, help="denoising steps; 20 to 50 are enough (default 30)")
-    add("--guidance", type=float, default=3.0, help="classifier-free guidance; 1 is off, at half the cost (default 3)")
-    add("--seed", type=int, default=0, help="seed of the noise (default 0)")
-    add("--batch-size", type=int, default=64, help="images that run together; does not change them (default 64)")
-    add("--device", default="auto", help="auto, cuda, mps or cpu (default auto)")
-    add("--out", type=Path, default=Path("samples.png"), help="captioned picture to write (default samples.png)")
-    add("--inpaint", type=Path, metavar="IMAGE", help="fill a part of this image; needs --mask")
-    add("--mask", type=Path, metavar="MASK", help="image of the same size; what is white in it is generated")
-    add("--ratios", type=Path, metavar="FILE.json", help="use this ratio table, in the form of ratios.json")
-    add("--dense", action="store_true", help="the same weights, with nothing skipped")
-    add("--round-k", type=int, default=1, help="round each layer's k to a multiple of this: 16 suits CPUs (default 1)")
-    add("--routing-map", action="store_true", help="also draw which tokens were processed, as NAME-routing.png")
-    add("--npz", type=Path, help="also write all images as one array, uint8 NHWC under the key arr_0, for FID tools")
-    add("--png-dir", type=Path, help="also write all images as 000000.png, ... into this folder, for FID tools")
-    add("--versions", action="store_true", help="print what made the checkpoint (versions, command line) and stop")
-    args = parser.parse_args()
-    limits = {"num": 10**7, "steps": 1000, "seed": 2**40, "batch_size": 10**5, "round_k": 16384}
-    for name, high in limits.items():
-        low = 0 if name == "seed" else 1
-        if not low <= getattr(args, name) <= high:
-            raise InputError(f"--{name.replace('_', '-')} must be from {low} to {high}, not {getattr(args, name)}")
-    if not 0 <= args.guidance <= 100:
-        raise InputError(f"--guidance must be from 0 to 100, not {args.guidance}")
-    if args.dense and args.ratios:
-        raise InputError("--dense skips nothing, --ratios says what to skip; give one of them")
-    if (args.inpaint is None) != (args.mask is None):
-        raise InputError("--inpaint and --mask go together")
-    return args
+    return draw_grid(list(zip(*columns)), title, ["guess", *(f"layer {i + 1}" for i in range(L))], names)
 
 
 def main() -> None:
-    args = arguments()
-    checkpoint = read_checkpoint(args.checkpoint)
-    if args.versions:
-        print(json.dumps(checkpoint.get("made_by", []), indent=2, default=str))
-        return
-    model = build_model(checkpoint, args.checkpoint).to(pick_device(args.device))
-    config = model.config
-    prompts = args.prompt or [p for p in checkpoint.get("prompts", []) if isinstance(p, str)][:16] or [""]
-    encode(config, prompts)  # a bad word is reported before anything is computed
-
-    options: dict = {"steps": args.steps, "guidance": args.guidance}
-    if args.ratios:
-        options["ratios"] = read_ratios(args.ratios, config.depth)
-    elif args.dense:
-        options["ratios"] = torch.zeros(config.depth, 1)
+    parser = Parser(__doc__)
+    add = parser.add_argument_group("what to draw").add_argument
+    add("--checkpoint", type=Path, default=READY_MADE, help="checkpoint to sample from (default: the ready-made one)")
+    add("--prompt", action="append", help="what to draw; repeatable (default: prompts kept in the checkpoint)")
+    add("--num", type=number(int, 1, 10**6), default=1, help="images a prompt (default 1)")
+    add("--seed", type=number(int, 0, 2**40), default=0, help="seed of the noise (default 0)")
+    add("--inpaint", type=Path, metavar="PICTURE", help="fill a part of it; the prompt tells the whole picture")
+    add("--mask", type=Path, metavar="PICTURE", help="of the same size; what is white in it is generated")
+    add = parser.add_argument_group("how").add_argument
+    add("--steps", type=number(int, 1, 1000), default=30, help="denoising steps (default 30)")
+    add("--guidance", type=number(float, 0, 100), default=3.0, help="1 is off, at half the cost (default 3)")
+    add("--ratios", type=Path, metavar="JSON", help="skip by this table, in the form of ratios.json")
+    add("--dense", action="store_true", help="the same weights, with nothing skipped")
+    add("--round-k", type=number(int, 1, 16384), default=1, help="round each k to a multiple; 16 suits CPUs")
+    add("--batch-size", type=number(int, 1, 10**5), default=64, help="images that run together (default 64)")
+    add("--device", default="auto", help="auto, cuda, mps or cpu (default auto)")
+    add = parser.add_argument_group("what is written").add_argument
+    add("--out", type=Path, default=Path("samples.png"), help="captioned picture (default samples.png)")
+    add("--routing-map", action="store_true", help="also draw which tokens were processed, as NAME-routing.png")
+    add("--npz", type=Path, help="all images as one array, uint8 NHWC under the key arr_0, for FID tools")
+    add("--png-dir", type=Path, help="all images as 000000.png, ... in this folder, for FID tools")
+    args = parser.parse_args()
+    if (args.inpaint is None) != (args.mask is None) or (args.dense and args.ratios):
+        raise InputError("--inpaint and --mask go together, --dense and --ratios do not")
+    model, checkpoint = read_checkpoint(args.checkpoint)
+    model, config = model.to(pick_device(args.device)), model.config
     if config.mode == "dense" and (args.ratios or args.routing_map):
         raise InputError(f"{args.checkpoint} is a dense model: it has no trained routers for --ratios or --routing-map")
-    if args.round_k > 1:
-        options["ratios"] = round_k(options.get("ratios", model.ratios.detach().cpu()), config.tokens, args.round_k)
-    painting: dict = {}
-    if args.inpaint:
-        painting = read_inpainting(args.inpaint, args.mask, config.image_size)
+    ratios = read_ratios(args.ratios, config.depth) if args.ratios else model.ratios.detach().cpu() * (not args.dense)
+    k = (tokens_processed(ratios, config.tokens) / args.round_k).round() * args.round_k
+    ratios = 1 - k.clamp(1, config.tokens) / config.tokens
+    options: dict = {"steps": args.steps, "guidance": args.guidance, "ratios": ratios}
+    options |= read_inpainting(args.inpaint, args.mask, config.image_size) if args.inpaint else {}
 
+    prompts = args.prompt or checkpoint["prompts"]
     captions = [prompt for prompt in prompts for _ in range(args.num)]
-    generate(model, captions[: args.batch_size], args.seed, **painting, **(options | {"steps": 1}))  # warm up
-    batches, start = [], time.perf_counter()
-    with tqdm(total=len(captions), unit="image", disable=None) as bar:
-        for first in range(0, len(captions), args.batch_size):
-            batch = captions[first : first + args.batch_size]
-            batches.append(generate(model, batch, args.seed, first, **painting, **options))
-            bar.update(len(batch))
-    seconds = time.perf_counter() - start
-    images = np.concatenate(batches)
-
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    pictures = {args.out: draw_samples(images[:64], captions[:64])}
+    generate(model, captions[: args.batch_size], args.seed, **(options | {"steps": 1}))  # warm up
+    firsts, start = tqdm(range(0, len(captions), args.batch_size), unit="batch", disable=None), time.time()
+    parts = [generate(model, captions[i : i + args.batch_size], args.seed, i, **options) for i in firsts]
+    images, seconds = np.concatenate(parts), time.time() - start
+    files = {args.out: draw_samples(images[:64], captions[:64])} | ({args.npz: None} if args.npz else {})
     if args.routing_map:
-        routing = draw_routing(model, prompts[:3], args.seed, **painting, **options)
-        pictures[args.out.with_name(args.out.stem + "-routing.png")] = routing
-    for path, picture in pictures.items():
-        with replacing(path) as file:
-            picture.save(file, "PNG")
-    written = [*pictures]
-    if args.npz:
-        args.npz.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(args.npz) as file:
-            np.savez(file, arr_0=images)
-        written.append(args.npz)
+        path = args.out.with_name(args.out.stem + "-routing.png")
+        files[path] = draw_routing(model, prompts[:3], args.seed, **options)
     if args.png_dir:
-        args.png_dir.mkdir(parents=True, exist_ok=True)
-        for i, image in enumerate(images):
-            Image.fromarray(image).save(args.png_dir / f"{i:06d}.png")
-        written.append(args.png_dir)
-
-    flops = sampling_flops(model, args.steps, args.guidance, options.get("ratios"))
-    dense = sampling_flops(model, args.steps, args.guidance, torch.zeros(config.depth, 1))
+        files |= {args.png_dir / f"{i:06d}.png": Image.fromarray(image) for i, image in enumerate(images)}
+    mean = float(ratios[:, column_of(torch.linspace(1, 0, args.steps + 1)[:-1], ratios.shape[1])].mean())
+    flops, dense = (sampling_flops(config, table, args.steps, args.guidance) for table in (ratios, 0 * ratios))
     print(f"{len(images)} images, {args.steps} steps, guidance {args.guidance:g}, seed {args.seed}: {seconds:.2f} s")
-    ratio = mean_sampling_ratio(model, args.steps, options.get("ratios"))
-    print(f"mean ratio {ratio:.3f}; {flops / 1e9:.2f} GFLOPs an image, {1 - flops / dense:.1%} fewer than dense")
-    print("wrote " + ", ".join(map(str, written)))
-
-
-def read_inpainting(image: Path, mask: Path, size: int) -> dict[str, Tensor]:
-    """The known pixels (3, S, S) in [-1, 1] and the mask (1, S, S), 1 = generate. Raises InputError."""
-    sizes = []
-    for path in (image, mask):
-        read_picture(path, 1, "L")  # refuses what is not a picture
-        with Image.open(path) as picture:
-            sizes.append(picture.size)
-    if sizes[0] != sizes[1]:
-        raise InputError(f"{image} has {sizes[0]} pixels and {mask} has {sizes[1]}; they must have the same size")
-    known = to_float(np.asarray(read_picture(image, size, "RGB"))[None])[0]
-    return {"known": known, "mask": torch.from_numpy(np.array(read_picture(mask, size, "L")) >= 128).float()[None]}
+    print(f"{flops / 1e9:.2f} GFLOPs an image, {1 - flops / dense:.1%} fewer than dense; mean ratio {mean:.3f}")
+    if len(images) > 64 or (args.routing_map and len(prompts) > 3):
+        print("the sheet shows at most 64 images, a routing map at most 3 prompts")
+    print("writing", *list(files)[:4], *["..."] * (len(files) > 4), f"({sum(map(Path.exists, files))} over older ones)")
+    for path, picture in files.items():
+        with replacing(path) as file:
+            picture.save(file, "PNG") if picture else np.savez(file, arr_0=images)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,30 @@
-"""Make a small checkpoint for sampling and for --init out of a run: the EMA weights alone, in half precision.
+"""Make a small checkpoint for sampling and for --init out of a run: the averaged weights alone, in half precision.
 
 python experiments/export.py runs/shapes/checkpoint.pt assets/shapes_routed.pt
 """
 
-import sys
 from pathlib import Path
 
 import torch
+from common import tools
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sample import read_checkpoint
+from diffratio_mod import InputError
 
-source, target = map(Path, sys.argv[1:])
-checkpoint = read_checkpoint(source)
-# The ratios stay in single precision: a rounded ratio could change the number of tokens that a layer processes.
-ema = {name: value if name == "ratios" else value.half() for name, value in checkpoint["ema"].items()}
-kept = {name: checkpoint[name] for name in ("config", "prompts", "step", "made_by")}
-torch.save({**kept, "ema": ema}, target)
-print(
-    f"{target}: {target.stat().st_size / 1e6:.1f} MB, step {checkpoint['step']} of {checkpoint['made_by'][0]['command']}"
-)
+
+def main() -> None:
+    parser = tools.Parser(__doc__)
+    parser.add_argument("source", type=Path)
+    parser.add_argument("target", type=Path)
+    args = parser.parse_args()
+    model, checkpoint = tools.read_checkpoint(args.source)
+    # The ratios stay in single precision: a rounded ratio could change the number of tokens that a layer processes.
+    ema = {name: value if name == "ratios" else value.half() for name, value in model.state_dict().items()}
+    if not all(value.isfinite().all() for value in ema.values()):
+        raise InputError(f"{args.source} holds weights that are too large for half precision")
+    with tools.replacing(args.target) as file:
+        torch.save({name: checkpoint[name] for name in ("config", "prompts", "step", "made_by")} | {"ema": ema}, file)
+    print(f"{args.target}: {args.target.stat().st_size / 1e6:.1f} MB, step {checkpoint['step']}")
+
+
+if __name__ == "__main__":
+    tools.run_command(main)

@@ -4,50 +4,42 @@
 
 The classifier sees an image and names its layout (one object, two above each other, two side by side) and the colour
 and the shape of the first (upper or left) and of the second object. A prompt is followed if all of it is right. It is
-trained once, on renderings of all pairs with noise and ragged edges, and kept in runs/. What it gets right of fresh true
-renderings is printed first.
-
+trained once, on renderings of all pairs with noise and ragged edges, and kept in runs/; its own errors are printed first.
 Inpainting: the object of a true rendering is cut out by a box. Another object is asked for in its place, and is there or
-not; or the same one, and then the error is the root mean square difference to the rendering, pixels in [-1, 1], within
-the box. Results go to --out, by default experiments/judge.json.
+not; or the same one: the error is the root mean square difference to the rendering within the box, pixels in [-1, 1].
 """
 
-import argparse
 import itertools
-import json
-import sys
 from pathlib import Path
 
-import numpy as np
+import common
 import torch
 import torch.nn.functional as F
-from torch import nn
+from common import tools
+from torch import Tensor, nn
+from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from diffratio_mod import DiT
-from sample import Parser, build_model, generate, pick_device, read_checkpoint, replacing, run_command, to_float
+from diffratio_mod import DiT, InputError
 from train_cifar import COLOURS, HELD_OUT, RELATIONS, SHAPES, Shapes
 
 PAIRS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
 HEADS = (3, len(COLOURS), len(SHAPES), len(COLOURS), len(SHAPES))
 
 
-def labels_of(captions: list[str]) -> torch.Tensor:
+def labels_of(captions: list[str]) -> Tensor:
     """What the classifier should say: (count, 5) layout, colour and shape of the first and second object, -100: none."""
     rows = []
     for caption in captions:
         words = caption.split()
         first, second = ([list(COLOURS).index(a), SHAPES.index(b)] for a, b in (words[1:3], words[-2:]))
-        if len(words) == 3:
-            rows.append([0, *first, -100, -100])
-        elif words[3] in ("above", "left"):
-            rows.append([1 if words[3] == "above" else 2, *first, *second])
-        else:
-            rows.append([1 if words[3] == "below" else 2, *second, *first])
+        layout = 0 if len(words) == 3 else 1 if words[3] in ("above", "below") else 2
+        if layout and words[3] in ("below", "right"):
+            first, second = second, first
+        rows.append([layout, *first, *(second if layout else [-100, -100])])
     return torch.tensor(rows)
 
 
-def ragged(images: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+def ragged(images: Tensor, rng: torch.Generator) -> Tensor:
     """Every pixel takes its colour from a place up to about a pixel away, with noise: edges as a small model draws them."""
     count, _, size, _ = images.shape
     strength = torch.rand(count, 1, 1, 1, generator=rng)
@@ -57,55 +49,43 @@ def ragged(images: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
     return images + 0.1 * strength * torch.randn(images.shape, generator=rng)
 
 
-class Judge(nn.Module):
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        widths = (3, 32, 64, 64, 128)
-        layers = []
-        for i, (a, b) in enumerate(itertools.pairwise(widths)):
-            layers += [nn.Conv2d(a, b, 3, padding=1, stride=2 if i else 1), nn.GroupNorm(8, b), nn.ReLU()]
-        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(128 * (size // 8) ** 2, 256), nn.ReLU())
-        self.head = nn.Linear(256, sum(HEADS))
-
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return self.head(self.body(images)).split(HEADS, dim=1)
-
-    @torch.no_grad()
-    def right(self, images: torch.Tensor, captions: list[str]) -> torch.Tensor:
-        """Is the caption followed? (count,) of booleans."""
-        truth = labels_of(captions)
-        said = torch.stack([logits.argmax(dim=1).cpu() for logits in self(images)], dim=1)
-        return ((said == truth) | (truth == -100)).all(dim=1)
-
-
-def trained_judge(size: int, steps: int, device: torch.device) -> Judge:
-    """Train a judge, or read the one that an earlier call has left in runs/."""
+def trained_judge(size: int, device: torch.device | str = "cpu") -> nn.Module:
+    """Train a judge, or read the one that an earlier call has left in runs/. Its outputs are those of HEADS in a row."""
     torch.manual_seed(0)
-    judge, path = Judge(size).to(device), Path(f"runs/judge-{size}-{steps}.pt")
-    if path.exists():
-        judge.load_state_dict(torch.load(path, map_location=device, weights_only=True))
-        return judge.eval()
-    optimizer = torch.optim.AdamW(judge.parameters(), 2e-3)
-    rng = torch.Generator().manual_seed(1)
-    data = Shapes(size, "all")
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)
-        images, captions, _ = data.batch(128, rng)
-        images, truth = ragged(images, rng), labels_of(captions).to(device)
-        loss = sum(F.cross_entropy(out, truth[:, i]) for i, out in enumerate(judge(images.to(device))))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    path.parent.mkdir(exist_ok=True)
-    with replacing(path) as file:
-        torch.save(judge.state_dict(), file)
-    return judge.eval()
+    layers: list[nn.Module] = []
+    for i, (a, b) in enumerate(itertools.pairwise((3, 32, 64, 64, 128))):
+        layers += [nn.Conv2d(a, b, 3, padding=1, stride=2 if i else 1), nn.GroupNorm(8, b), nn.ReLU()]
+    layers += [nn.Flatten(), nn.Linear(128 * (size // 8) ** 2, 256), nn.ReLU(), nn.Linear(256, sum(HEADS))]
+    judge, steps = nn.Sequential(*layers).to(device), 1000
+
+    def train() -> dict[str, Tensor]:
+        optimizer = torch.optim.AdamW(judge.parameters(), 2e-3)
+        data, rng = Shapes(size, "all"), torch.Generator().manual_seed(1)
+        for step in tqdm(range(steps), desc="training the judge", disable=None):
+            optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)
+            images, captions, _ = data.batch(128, rng)
+            images, truth = ragged(images, rng).to(device), labels_of(captions).to(device)
+            said = judge(images).split(HEADS, dim=1)
+            optimizer.zero_grad()
+            sum(F.cross_entropy(out, truth[:, i]) for i, out in enumerate(said)).backward()
+            optimizer.step()
+        return judge.state_dict()
+
+    judge.load_state_dict(common.cached(f"judge-{size}", train))
+    return judge
+
+
+@torch.no_grad()
+def followed(judge: nn.Module, images: Tensor, captions: list[str]) -> Tensor:
+    """Are the captions followed? (count,) of booleans."""
+    truth, out = labels_of(captions), judge(images.to(next(judge.parameters()).device)).cpu()
+    said = torch.stack([part.argmax(dim=1) for part in out.split(HEADS, dim=1)], dim=1)
+    return ((said == truth) | (truth == -100)).all(dim=1)
 
 
 def prompts_of(count: int, two: bool) -> list[str]:
     """Prompts that go through all pairs in turn, the second object and the relation drawn from a fixed seed."""
-    rng = torch.Generator().manual_seed(2)
-    prompts = []
+    rng, prompts = torch.Generator().manual_seed(2), []
     for i in range(count):
         (a, b), (c, d) = PAIRS[i % len(PAIRS)], PAIRS[int(torch.randint(len(PAIRS), (1,), generator=rng))]
         relation = RELATIONS[int(torch.randint(4, (1,), generator=rng))]
@@ -123,85 +103,64 @@ def one_word_changed(caption: str, rng: torch.Generator) -> str:
     return " ".join(words)
 
 
-def held_out(caption: str) -> bool:
-    words = caption.split()
-    return (words[1], words[2]) in HELD_OUT or (words[-2], words[-1]) in HELD_OUT
-
-
-def inpainting(model: DiT, judge: Judge, count: int, options: dict) -> dict[str, float]:
-    """Cut the object out of true renderings: is another one drawn there, and the same one as it was?"""
+def inpainting(model: DiT, judge: nn.Module, count: int, options: dict) -> tuple[Tensor, Tensor]:
+    """Cut the object out of true renderings: is another one drawn there (count,)? How far is the same one from itself?"""
     size = model.config.image_size
     images, captions, masks = Shapes(size).batch(4 * count, torch.Generator().manual_seed(5))
     rows = [i for i, caption in enumerate(captions) if len(caption.split()) == 3][:count]
-    known, object_mask = images[rows], masks[rows, :1] > 0
-    pixel = torch.arange(size)
-    hole = torch.zeros(len(rows), 1, size, size)
-    for i, mask in enumerate(object_mask[:, 0]):
+    known, pixel, hole = images[rows], torch.arange(size), torch.zeros(len(rows), 1, size, size)
+    for i, mask in enumerate(masks[rows, 0] > 0):
         y, x = pixel[mask.any(dim=1)], pixel[mask.any(dim=0)]
         hole[i, 0, max(0, y[0] - 1) : y[-1] + 2, max(0, x[0] - 1) : x[-1] + 2] = 1
-    same = [captions[i] for i in rows]
-    other = ["a {} {}".format(*PAIRS[i % len(PAIRS)]) for i in range(len(rows))]
-    drawn = {}
-    for name, prompts in (("same", same), ("other", other)):
-        parts = [
-            generate(model, prompts[i : i + 48], 1, i, known[i : i + 48], hole[i : i + 48], **options)
-            for i in range(0, len(rows), 48)
-        ]
-        drawn[name] = to_float(np.concatenate(parts))
-    device = next(judge.parameters()).device
-    error = ((drawn["same"] - known).square() * hole).sum() / (3 * hole.sum())
-    return {
-        "inpainting, another object asked for": float(judge.right(drawn["other"].to(device), other).float().mean()),
-        "inpainting, the same object, root mean square error within the box": float(error.sqrt()),
-    }
+    other, options = [f"a {a} {b}" for a, b in (PAIRS * count)[: len(rows)]], options | {"known": known, "mask": hole}
+    drawn = common.to_float(tools.generate(model, other, 1, **options))
+    same = common.to_float(tools.generate(model, [captions[i] for i in rows], 1, **options))
+    return followed(judge, drawn, other), (((same - known).square() * hole).sum() / (3 * hole.sum())).sqrt()
 
 
 def main() -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser, count = tools.Parser(__doc__), tools.number(int, 1, 1000)
     parser.add_argument("checkpoints", type=Path, nargs="+")
-    parser.add_argument("--num", type=int, default=240, help="prompts of each kind")
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--guidance", type=float, default=3.0)
-    parser.add_argument("--judge-steps", type=int, default=1000)
-    parser.add_argument("--inpaint", type=int, default=96, help="images to inpaint")
-    parser.add_argument("--dense", action="store_true", help="the same weights, nothing skipped")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--num", type=count, default=240, help="prompts of each kind (default 240)")
+    parser.add_argument("--steps", type=count, default=30)
+    parser.add_argument("--guidance", type=tools.number(float, 0, 100), default=3.0)
+    parser.add_argument("--inpaint", type=tools.number(int, 0, 10**4), default=96, help="images to inpaint; 0: none")
+    parser.add_argument("--out", type=Path, default=common.RESULTS / "judge.json")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
-    device = pick_device(args.device)
-    models = {str(path): build_model(read_checkpoint(path), path).to(device) for path in args.checkpoints}
-    judge = trained_judge(next(iter(models.values())).config.image_size, args.judge_steps, device)
-    results = {"prompts of each kind": args.num, "steps": args.steps, "guidance": args.guidance, "device": str(device)}
+    device, options = tools.pick_device(args.device), {"steps": args.steps, "guidance": args.guidance}
+    models = {str(path): tools.read_checkpoint(path)[0].to(device) for path in args.checkpoints}
+    size, *others = {model.config.image_size for model in models.values()}
+    if others:
+        raise InputError(f"the models draw images of {size} and {others[0]} pixels; judge each size in its own call")
+    judge, rng = trained_judge(size, device), torch.Generator().manual_seed(3)
+    results: dict = {"prompts of each kind": args.num, "device": str(device)} | options
 
-    rng = torch.Generator().manual_seed(3)
+    def note(what: str, value: Tensor) -> None:
+        results[what] = float(value.float().mean())
+        print(f"{what}: {results[what]:.3f}", flush=True)
+
     for pairs in ("seen", "held-out", "all"):
-        images, captions, _ = Shapes(next(iter(models.values())).config.image_size, pairs).batch(2000, rng)
-        results[f"true renderings, {pairs} pairs"] = float(judge.right(images.to(device), captions).float().mean())
+        images, captions, _ = Shapes(size, pairs).batch(2000, rng)
+        note(f"true renderings, {pairs} pairs", followed(judge, images, captions))
     images = ragged(images, rng)
-    results["the last with ragged edges"] = float(judge.right(images.to(device), captions).float().mean())
+    note("the last with ragged edges", followed(judge, images, captions))
     wrong = [one_word_changed(caption, rng) for caption in captions]
-    results["these with one word of the caption changed"] = float(judge.right(images.to(device), wrong).float().mean())
+    note("these with one word of the caption changed", followed(judge, images, wrong))
     for name, model in models.items():
-        for two in (False, True):
-            prompts = prompts_of(args.num, two)
-            options = {"steps": args.steps, "guidance": args.guidance}
-            if args.dense:
-                options["ratios"] = torch.zeros(model.config.depth, 1)
-            images = [generate(model, prompts[i : i + 48], 0, i, **options) for i in range(0, len(prompts), 48)]
-            right = torch.cat([
-                judge.right(to_float(part).to(device), prompts[48 * i : 48 * i + 48]) for i, part in enumerate(images)
-            ])  # fmt: skip
-            unseen = torch.tensor([held_out(prompt) for prompt in prompts])
-            kind = "two objects" if two else "one object"
+        for kind in ("one object", "two objects"):
+            prompts = prompts_of(args.num, kind == "two objects")
+            right = followed(judge, common.to_float(tools.generate(model, prompts, 0, **options)), prompts)
+            pairs = [(tuple(words[1:3]), tuple(words[-2:])) for words in map(str.split, prompts)]
+            unseen = torch.tensor([a in HELD_OUT or b in HELD_OUT for a, b in pairs])
             for which, rows in (("seen", ~unseen), ("held-out", unseen)):
-                results[f"{name}, {kind}, {which} pairs ({int(rows.sum())})"] = float(right[rows].float().mean())
+                note(f"{name}, {kind}, {which} pairs ({int(rows.sum())})", right[rows])
         if args.inpaint:
-            found = inpainting(model, judge, args.inpaint, options)
-            results |= {f"{name}, {kind} ({args.inpaint})": value for kind, value in found.items()}
-    for name, value in results.items():
-        print(f"{name}: {value:.3f}" if isinstance(value, float) else f"{name}: {value}", flush=True)
-    args.out.write_text(json.dumps(results, indent=1) + "\n")
+            right, error = inpainting(model, judge, args.inpaint, options)
+            note(f"{name}, inpainting, another object asked for ({args.inpaint})", right)
+            note(f"{name}, inpainting, the same object, root mean square error within the box ({args.inpaint})", error)
+    common.write_json(results, args.out)
 
 
 if __name__ == "__main__":
-    run_command(main)
+    tools.run_command(main)

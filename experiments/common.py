@@ -1,0 +1,155 @@
+"""What several experiments share, and what the routed layer is compared with. No command.
+
+Import it before torch: it makes the files of the project importable, and sample.py prepares torch.
+"""
+
+import importlib
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import sample as tools  # before torch
+
+# isort: split
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffratio_mod import DiT, InputError, RoutedLayer, diffusion_loss, even_noise_levels, schedule, tokens_processed
+from diffratio_mod import sample as draw
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+# --- Layers to compare with: each has the parameters and the arguments of RoutedLayer ------------------------------------
+
+BINS = 10  # the paper's: ratios of 0 %, 10 %, ... 100 %
+
+
+def use(model: DiT, kind: type[RoutedLayer]) -> DiT:
+    """Let every layer of the model compute as `kind` does, with the parameters that it has."""
+    for layer in model.layers:
+        layer.__class__ = kind
+    return model
+
+
+class TwoBranchLayer(RoutedLayer):
+    """The paper's way to a gradient for the ratio (3.3), written from its description. In training the layer runs twice,
+    each image at the bins below and above its ratio, and the outputs are mixed by closeness; else once, at the nearest.
+    """
+
+    def forward(self, x, *context, k=None, ratio=None):
+        N = x.shape[1]
+        if ratio is None or not self.training:
+            ratio = ratio if ratio is None else (BINS * (1 - tokens_processed(ratio, N) / N)).round() / BINS
+            k = k and max(1, round(N * (1 - round(BINS * (1 - k / N)) / BINS)))
+            return super().forward(x, *context, k=k, ratio=ratio)
+        score, order = self.score_and_sort(x)
+        rank, ratio, out = order.argsort(dim=1), ratio.unsqueeze(1), x  # (B, N), (B, 1), (B, N, D)
+        lower = (BINS * ratio.detach()).floor().clamp(max=BINS - 1)
+        for at, share in ((lower, 1 + lower - BINS * ratio), (lower + 1, BINS * ratio - lower)):
+            k_best = (N * (1 - at / BINS)).round()  # (B, 1); none in the last bin: then all gates are 0
+            gate = share * 2 * score * (rank < k_best)
+            out = out + gate.unsqueeze(2) * self.layer(x, rank < k_best.clamp(min=1), *context)
+        return out
+
+
+class RandomLayer(RoutedLayer):
+    """Random dropping: the k tokens are drawn anew for every image, layer and step, and every gate is 1."""
+
+    def score_and_sort(self, x):
+        return torch.full_like(x[:, :, 0], 0.5), torch.rand(x.shape[:2], device=x.device).argsort(dim=1)
+
+
+class MergedLayer(RoutedLayer):
+    """Token merging (ToMe for Stable Diffusion, 2303.17604) around the whole layer, by the package `tomesd`: N - k tokens
+    are merged into similar ones; what these gain, all of their parts gain. Not for training: all images share a ratio.
+    """
+
+    def forward(self, x, *context, k=None, ratio=None):
+        N, side = x.shape[1], math.isqrt(x.shape[1])
+        k = int(tokens_processed(ratio[:1], N)) if k is None and ratio is not None else k
+        if k is None or k == N:
+            return super().forward(x, *context)
+        stride = 2 if k >= N / 4 else 4  # one token in stride^2 is a destination, and at least these remain
+        match = package("tomesd.merge").bipartite_soft_matching_random2d
+        merge, unmerge = match(x, side, side, stride, stride, N - k, no_rand=True)
+        return x + unmerge(self.layer(merge(x), None, *context))
+
+
+def scaled(table: Tensor, mean: float) -> Tensor:
+    """The table with its shape kept and its mean moved: all cells times one factor, at most 0.98."""
+    low, high = 0.0, 1000.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if (table * middle).clamp(max=0.98).mean() < mean else (low, middle)
+    return (table * low).clamp(max=0.98)
+
+
+def flops(model: DiT, ratios: Tensor, steps: int) -> int:
+    """As sampling_flops of sample.py, without guidance, but with the layers that the model has."""
+    with torch.device("meta"):
+        other, words = DiT(model.config), torch.zeros(1, model.config.caption_length, dtype=torch.long)
+        noise = torch.zeros(1, 3, model.config.image_size, model.config.image_size)
+    use(other.eval(), type(model.layers[0]))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        draw(other, words, noise, steps, 1, ratios=ratios.cpu())
+    return counter.get_total_flops()
+
+
+def held_out_batches(model: DiT, data, count: int) -> Iterator[tuple[Tensor, ...]]:
+    """Arguments for diffusion_loss, 16 images a region, in the order of the regions; the same in every call."""
+    size, rng, device = 16 * model.config.regions, torch.Generator().manual_seed(12345), model.ratios.device
+    for _ in range(count):
+        images, captions, _ = data.batch(size, rng)
+        batch = (images, tools.encode(model.config, captions), torch.ones_like(images[:, :1]))
+        batch += (even_noise_levels(size, rng), torch.randn(images.shape, generator=rng))
+        yield tuple(z.to(device) for z in batch)
+
+
+@torch.no_grad()
+def held_out_losses(model: DiT, data, count: int) -> dict[str, list[list[float]]]:
+    """Mean loss of each region for each batch: count x R, in the noise and in the velocity v."""
+    torch.manual_seed(0)  # for layers that choose at random
+    rows: dict[str, list[list[float]]] = {"noise": [], "v": []}
+    for batch in held_out_batches(model, data, count):
+        losses = diffusion_loss(model, *batch)
+        for name, weighted in (("noise", losses), ("v", losses / schedule(batch[3])[0] ** 2)):
+            rows[name].append([round(value, 7) for value in weighted.view(-1, 16).mean(dim=1).tolist()])
+    return rows
+
+
+def to_float(images: np.ndarray) -> Tensor:
+    """Images uint8 (B, S, S, 3) to (B, 3, S, S) in [-1, 1]."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def package(name: str) -> ModuleType:
+    """A package that only this experiment needs. Raises InputError if it is not there."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        pip = name.partition(".")[0].replace("_", "-")
+        raise InputError(f"this needs a package that is not here ({error}): pip install {pip}") from None
+
+
+def cached(name: str, make: Callable[[], Any]) -> Any:
+    """What `make` returns, or has returned to an earlier call: tensors, kept in runs/."""
+    path = Path("runs") / f"{name}.pt"
+    if not path.exists():
+        made = make()
+        with tools.replacing(path) as file:
+            torch.save(made, file)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def write_json(results: dict, path: Path) -> None:
+    lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in results.items()]
+    with tools.replacing(path) as file:
+        file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode())

@@ -1,0 +1,250 @@
+"""Routing around blocks that other people wrote: the paper's PixArt, and DiT, as the diffusers library has them.
+
+    pip install diffusers                                               # which only this file needs
+    python experiments/real_models.py --check                           # the equalities, on small models, in seconds
+    python experiments/real_models.py --check --pretrained FOLDER       # on a local copy of real weights
+    python experiments/real_models.py --shapes experiments/results      # a small PixArt learns its table: ten minutes
+    python experiments/real_models.py --time --model pixart-sigma --layers 4      # at full width: time against FLOPs
+
+In a script of one's own, load_routing makes a pipeline skip tokens; route and diffusion_loss train. The library's models
+keep their code, parameters and names: what routing adds, the table and the routers, is a module beside the model.
+"""
+
+import copy
+import functools
+import inspect
+import itertools
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from pickle import PickleError
+
+import torch
+from diffusers import AutoModel, DDPMScheduler, DiTTransformer2DModel, PixArtTransformer2DModel
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from diffratio_mod import InputError, RoutedLayer, column_of, even_noise_levels, ratio_loss, tokens_processed
+from sample import Parser, draw_ratios, run_command
+
+TIMESTEPS = 1000  # of the discrete schedule that PixArt and DiT were trained with: 0 is the cleanest, 999 the noisiest
+SMALL = {"num_layers": 6, "num_attention_heads": 4, "attention_head_dim": 24, "sample_size": 24, "patch_size": 3}
+MODELS = {  # what is not named is the library's default: 28 layers, 16 heads of 72 (width 1152), patches of 2
+    "pixart-sigma": (PixArtTransformer2DModel, {"sample_size": 64, "caption_channels": 4096, "interpolation_scale": 1}),
+    "dit-xl-2": (DiTTransformer2DModel, {"sample_size": 32, "out_channels": 8}),
+    "small-dit": (DiTTransformer2DModel, SMALL),
+    "shapes": (PixArtTransformer2DModel, SMALL | {"in_channels": 3, "cross_attention_dim": 96, "caption_channels": 64}),
+}
+
+
+def update(block: Callable, x: Tensor, attended: Tensor | None, context: dict) -> Tensor:
+    """What a block adds to its tokens x (B, n, D), as RoutedLayer asks for it. context: what else the block takes."""
+    bias = None
+    if attended is not None:  # (B, n); the library adds the bias to the attention's logits: -inf for "never"
+        bias = torch.zeros_like(x[:, :, 0]).masked_fill(~attended, -torch.inf).unsqueeze(1)  # (B, 1, n)
+    out = block(x, attention_mask=bias, **context)
+    shape = getattr(out, "shape", type(out).__name__)
+    if shape != x.shape:
+        raise InputError(f"a block must return tokens of its input's shape, {tuple(x.shape)}, not {shape}")
+    return out - x
+
+
+def routed(i: int, layer: RoutedLayer, signature: inspect.Signature, *args: object, **named: object) -> Tensor:
+    """Stands in for the forward of block i: tokens (B, N, D) and what else the library gives; returns (B, N, D)."""
+    call = signature.bind(*args, **named).arguments
+    if call.pop("attention_mask", None) is not None:
+        raise InputError("a routed model takes no self-attention mask: it makes its own")
+    x, extra = call.pop("hidden_states"), dict(call.pop("cross_attention_kwargs"))
+    way = {name: value[i] for name, value in extra.pop("routing").items()}  # this layer's k, or ratio (B,)
+    return layer(x, call | {"cross_attention_kwargs": extra}, **way).to(x.dtype)
+
+
+class Routing(nn.Module):
+    """What routing adds to a model: the table of ratios (L, C), and the routers. Its state_dict is the checkpoint."""
+
+    def __init__(self, model: nn.Module, ratios: Tensor) -> None:
+        super().__init__()
+        self.ratios, self.layers = nn.Parameter(ratios.float()), nn.ModuleList()
+        for i, block in enumerate(model.transformer_blocks):
+            # The block is in there as a function, not as a module: its weights stay the model's.
+            self.layers.append(RoutedLayer(functools.partial(update, block.forward), model.inner_dim))
+            block.forward = functools.partial(routed, i, self.layers[i], inspect.signature(block.forward))
+        model.register_forward_pre_hook(self.plan, with_kwargs=True)
+        object.__setattr__(model, "routing", self)  # to be found at the model, but not among its modules
+
+    def plan(self, model: nn.Module, args: tuple, named: dict) -> tuple[tuple, dict]:
+        """Before each forward pass: from the timesteps to each layer's ratios or k, as RoutedLayer.forward takes them."""
+        call = inspect.signature(model.forward).bind(*args, **named).arguments
+        x, p = call["hidden_states"], model.config.patch_size
+        self.to(x.device).layers.to(model.dtype)  # the model may have been moved since
+        level = (torch.as_tensor(call["timestep"], device=x.device).reshape(-1) + 1) / TIMESTEPS  # in (0, 1]
+        columns = column_of(level, self.ratios.shape[1]).expand(len(x))  # (B,)
+        plan = {"ratio": self.ratios[:, columns]}  # (L, B): each image has its own, by mask
+        if not torch.is_grad_enabled() and (columns == columns[0]).all():  # sampling: one k for all images, by gather
+            plan = {"k": tokens_processed(self.ratios[:, columns[0]], x[0, 0].numel() // p**2).tolist()}  # L integers
+        # A dictionary that the library hands on to every block. So the plan belongs to this call, even when gradient
+        # checkpointing runs a block again after another call.
+        call["cross_attention_kwargs"] = (call.get("cross_attention_kwargs") or {}) | {"routing": plan}
+        return (), call
+
+
+def route(model: nn.Module, regions: int = 10, ratios: Tensor | None = None) -> Routing:
+    """Put a RoutedLayer around every block of a diffusers PixArt or DiT, in place; returns what that adds to train.
+
+    With gradients all tokens are computed, and masked for each image by its timestep; without, and with timesteps of one
+    region, the skipped tokens are really skipped. Ratios and routers start at zero, and change nothing.
+    regions: columns of the table, or ratios: a table (L, C) to start from.
+    """
+    if not isinstance(model, PixArtTransformer2DModel | DiTTransformer2DModel) or hasattr(model, "routing"):
+        raise InputError(f"cannot route this {type(model).__name__}: only a PixArt or DiT of diffusers, and only once")
+    depth = len(model.transformer_blocks)
+    ratios = torch.zeros(depth, regions) if ratios is None else ratios
+    if ratios.dim() != 2 or len(ratios) != depth or not ((0 <= ratios) & (ratios < 1)).all():
+        raise InputError(f"a table {tuple(ratios.shape)} does not fit: {depth} rows, one a layer, of ratios in [0, 1)")
+    return Routing(model, ratios)
+
+
+def load_routing(model: nn.Module, path: str | Path) -> Routing:
+    """Route a pretrained model with the table and routers that torch.save(model.routing.state_dict(), path) has kept."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        route(model, ratios=state["ratios"]).load_state_dict(state)
+    except (OSError, EOFError, LookupError, TypeError, ValueError, AttributeError, RuntimeError, PickleError) as error:
+        raise InputError(f"{path} does not hold the routing of this model: {error}") from None
+    return model.routing
+
+
+def diffusion_loss(model: nn.Module, noisy: Tensor, t: Tensor, noise: Tensor, condition: dict) -> Tensor:
+    """Mean squared error of the noise that the model sees in `noisy`, one number an image (B,); t (B,): 0 ... 999."""
+    guess = model(noisy, timestep=t, **condition).sample[:, : noise.shape[1]]  # what follows is a learned variance
+    return (guess.float() - noise).square().mean(dim=(1, 2, 3))
+
+
+# --- What it shows -----------------------------------------------------------------------------------------------------
+def example(model: nn.Module) -> dict:
+    """A random call of the model: two images at one timestep, with captions of 300 words or with class labels."""
+    c, t = model.config, torch.tensor([250, 250])
+    call = {"hidden_states": torch.randn(2, c.in_channels, c.sample_size, c.sample_size), "timestep": t}
+    if isinstance(model, DiTTransformer2DModel):
+        return call | {"class_labels": torch.tensor([7, 8])}
+    return call | {"encoder_hidden_states": torch.randn(2, 300, c.caption_channels)}
+
+
+def check(model: nn.Module) -> bool:
+    """Print the equalities that routing keeps, as the largest difference by the largest value; whether all hold."""
+    original, routing, call, untouched = copy.deepcopy(model), route(model), example(model), []
+
+    def run(gradients: bool, model: nn.Module = model) -> Tensor:
+        with torch.set_grad_enabled(gradients):
+            return model(**call).sample.detach()
+
+    pairs = {"ratios zero: sampling = the original model": (run(False), run(False, original))}
+    pairs["ratios zero: training = the original model"] = (run(True), run(True, original))
+    nn.init.uniform_(routing.ratios, 0.1, 0.9)
+    for layer, block in zip(routing.layers, model.transformer_blocks):
+        nn.init.normal_(layer.router.weight, std=0.1)
+        block.register_forward_hook(lambda _, given, out: untouched.append((out == given[0]).all(2).sum(1)))
+    pairs["random ratios: training by mask = sampling by gather"] = (run(True), run(False))
+    N = (model.config.sample_size // model.config.patch_size) ** 2
+    skipped = N - tokens_processed(routing.ratios[:, 2], N).repeat(2).unsqueeze(1)  # timestep 250: the third column
+    pairs["tokens that leave a layer bit-identical = N - k"] = (torch.stack(untouched), skipped)
+    print(f"{type(model).__name__}, {len(routing.layers)} layers of width {model.inner_dim}, {N} tokens")
+    for what, (a, b) in pairs.items():
+        print(f"  {what:55} {float((a - b).abs().max() / b.abs().max()):.1e}")
+    return all((a - b).abs().max() <= 1e-5 * b.abs().max() for a, b in pairs.values())
+
+
+@torch.no_grad()
+def race(model: nn.Module, mean: float = 0.2, rounds: int = 5) -> None:
+    """Print what routing saves, in FLOPs and in time. The layers' ratios rise evenly from 0 to twice the mean."""
+    both, flops, seconds = [copy.deepcopy(model), model], [], ([], [])
+    table, call = route(model, regions=1).ratios, example(model)
+    table[:, 0] = torch.linspace(0, 2 * mean, len(table))
+    for one in both:
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # fused attention is not counted
+            one(**call)
+        flops.append(counter.get_total_flops())
+    for _ in range(rounds):  # interleaved: whatever else the machine does, it does to both
+        for one, times in zip(both, seconds):
+            begin = time.perf_counter()
+            one(**call)
+            times.append(time.perf_counter() - begin)
+    a, b = (sorted(times)[rounds // 2] for times in seconds)
+    print(f"mean ratio {mean:g}, {rounds} interleaved rounds, medians: dense {a:.2f} s, routed {b:.2f} s")
+    print(f"saved: {1 - flops[1] / flops[0]:.1%} of the FLOPs, {1 - b / a:.1%} of the time")
+
+
+def shapes(folder: Path) -> None:
+    """Train a small PixArt on captioned shapes, dense, then routed; leave a picture of the table that it learns."""
+    from train_cifar import Shapes
+
+    folder.mkdir(parents=True, exist_ok=True)
+    data, rng, model = Shapes(24), torch.Generator(), MODELS["shapes"][0](**MODELS["shapes"][1])
+    table, words = route(model).ratios, [*data.vocabulary, "-"]  # routed, but dense while ratios and routers are zero
+    vectors = torch.randn(8, len(words), 64)  # in the place of T5: a fixed vector for each word at each place
+    scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2")  # the linear one drowns small images in noise early
+
+    def losses(count: int, seed: int) -> Tensor:  # of so many images, from the cleanest to the noisiest
+        images, captions, _ = data.batch(count, rng.manual_seed(seed))
+        ids = torch.tensor([[words.index(word) for word in f"{c} - - - - - - -".split()[:8]] for c in captions])
+        t, noise = (even_noise_levels(count, rng) * TIMESTEPS).long(), torch.randn(images.shape, generator=rng)
+        condition = {"encoder_hidden_states": vectors[range(8), ids]}  # (B, 8, 64)
+        return diffusion_loss(model, scheduler.add_noise(images, noise, t), t, noise, condition)
+
+    for steps, rate, target in ((1500, 2e-3, 0.0), (700, 5e-4, 0.3)):
+        weights = [*model.parameters(), *(model.routing.layers.parameters() if target else [])]
+        optimizer = torch.optim.AdamW([{"params": weights}, {"params": table, "weight_decay": 0.0}], betas=(0.9, 0.99))
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [rate, 1e-2], steps, cycle_momentum=False)
+        for step in tqdm(range(steps)):
+            optimizer.zero_grad()
+            (losses(32, steps + step).mean() + 2 * ratio_loss(table, target)).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            table.data.clamp_(0, 0.98)
+    # The ratio's gradient against the finite difference in k, two tokens fewer against two more, on the same batches.
+    learned, step, slope, table.grad = table.data.clone(), 2 / 64, torch.zeros_like(table), None
+    for seed in tqdm(range(8)):
+        losses(160, seed).mean().backward()
+        for layer, sign in itertools.product(range(len(table)), (1, -1)):
+            table.data[layer] += sign * step
+            with torch.no_grad():
+                slope[layer] += sign * losses(160, seed).view(10, -1).mean(1)
+            table.data.copy_(learned)
+    inside = (learned > step) & (learned < 1 - step)
+    same = (table.grad * slope > 0)[inside].float().mean()
+    order = torch.stack([learned.mean(0).argsort().argsort().float(), torch.arange(10.0)])
+    print(f"mean ratio {learned.mean():.3f}, rank correlation with the noise {torch.corrcoef(order)[0, 1]:.2f}")
+    print(f"gradient and finite difference: the same sign in {same:.0%} of {inside.sum()} cells off the bounds")
+    draw_ratios(learned, "A small PixArt on shapes").save(folder / "real-shapes.png")
+
+
+def main() -> int | None:
+    parser = Parser(description=__doc__)
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("--check", action="store_true", help="the equalities; exit code 1 if one does not hold")
+    task.add_argument("--time", action="store_true", help="time and FLOPs saved at a mean ratio of 0.2")
+    task.add_argument("--shapes", type=Path, metavar="FOLDER", help="train a small PixArt; where to leave its table")
+    parser.add_argument("--model", choices=MODELS, nargs="+", default=[*MODELS][2:], help="of random weights")
+    parser.add_argument("--layers", type=int, choices=range(1, 29), default=28, metavar="N", help="of the large models")
+    parser.add_argument("--pretrained", metavar="FOLDER", help="a transformer's own, with its config.json")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    if args.shapes:
+        return shapes(args.shapes)
+    models = [kind(**{"num_layers": args.layers} | config).eval() for kind, config in map(MODELS.get, args.model)]
+    if args.pretrained:
+        models = [AutoModel.from_pretrained(args.pretrained, local_files_only=True, low_cpu_mem_usage=False)]
+    if args.time:
+        return race(models[0])
+    hold = [check(model) for model in models]
+    print("all equalities hold" if all(hold) else "NOT ALL EQUALITIES HOLD: a difference is above 1e-5")
+    return not all(hold)
+
+
+if __name__ == "__main__":
+    run_command(main)
