@@ -78,14 +78,13 @@ def parser() -> argparse.ArgumentParser:
 
 def settle(s: argparse.Namespace) -> argparse.Namespace:
     """Fill in the defaults that depend on other settings. Raises InputError where settings do not fit together."""
-    shapes = s.dataset == "shapes"
-    late = dict(zip(NETWORK, (24, 3, 128, 6, 4) if shapes else (32, 4, 128, 6, 4)))
+    late = dict(zip(NETWORK, (24, 3, 128, 6, 4) if s.dataset == "shapes" else (32, 4, 128, 6, 4)))
     if s.init:
         source = tools.read_checkpoint(Path(s.init))[0].config
         late = {name: getattr(source, name) for name in NETWORK}
         if wrong := [name for name in NETWORK if getattr(s, name) not in (None, late[name])]:
             raise method.InputError(f"--{wrong[0].replace('_', '-')} does not fit --init, which has {late[wrong[0]]}")
-    late |= {"steps": 30000 if not shapes else 750 if s.init else 3000, "flip": s.dataset != "svhn"}
+    late |= {"steps": 30000 if s.dataset != "shapes" else 750 if s.init else 3000, "flip": s.dataset != "svhn"}
     late["lr"] = 3e-3 * 128 / (s.dim or late["dim"]) * (0.25 if s.init else 1)
     late["dense_steps"] = 0 if s.init else round(0.6 * (s.steps or late["steps"]))
     s = argparse.Namespace(**vars(s) | {name: value for name, value in late.items() if getattr(s, name) is None})
@@ -184,11 +183,12 @@ def load_data(s: argparse.Namespace, part: str = "train") -> Shapes | Pictures:
         return Shapes(s.image_size)
     folder, needs = f"{s.data_dir}/{part}", "shapes needs no data, folder needs pictures in"
     with tools.complaining(f"no --dataset {s.dataset} in --data-dir {s.data_dir} ({needs} {folder}/<class>/)"):
-        how = {"transform": lambda image: np.array(image.convert("RGB").resize((s.image_size, s.image_size)))}
+        root, how = folder, {"loader": lambda path: tools.complaining(path)(Image.open(path).convert)("RGB")}
         if s.dataset != "folder":
-            how |= {"download": True} | ({"split": part} if s.dataset == "svhn" else {"train": part == "train"})
-        make = getattr(torchvision.datasets, DATASETS[s.dataset])
-        data = make(folder if s.dataset == "folder" else s.data_dir, **how)
+            root, how = s.data_dir, {"split": part} if s.dataset == "svhn" else {"train": part == "train"}
+            how["download"] = True
+        how["transform"] = lambda image: np.array(image.convert("RGB").resize((s.image_size, s.image_size)))
+        data = getattr(torchvision.datasets, DATASETS[s.dataset])(root, **how)
         images, labels = zip(*data)
     return Pictures(np.stack(images), labels, getattr(data, "classes", "0123456789"), s.flip)
 
@@ -352,7 +352,7 @@ def draw_curves(metrics: list[dict]) -> Image.Image:
     layers = np.array([np.mean(line["ratios"], axis=1) for line in metrics])
     panels = {  # (lines, curves), the last one is black
         "loss": np.log10(np.c_[loss]),
-        "loss by noise level, blue clean to red noisy": np.log10(np.c_[np.array(regions, float), loss]),
+        "loss by noise level, blue clean to red noisy; black: all": np.log10(np.c_[np.array(regions, float), loss]),
         "ratio by layer, blue first to red last; black: mean": np.c_[layers, layers.mean(axis=1)],
     }
     draw = ImageDraw.Draw(sheet := Image.new("RGB", (1290, 330), tools.PAPER))
@@ -379,8 +379,8 @@ def main() -> int | None:
     out = Path(s.out or f"runs/{s.dataset}")
     path = out / "checkpoint.pt"
     if path.exists() != s.resume:
-        here = "there is a run already; --resume goes on with it" if path.exists() else "there is no run to go on with"
-        raise method.InputError(f"{here} in {out}; another --out starts a new one")
+        here = "holds a run already, and --resume goes on with it" if path.exists() else "holds no run to go on with"
+        raise method.InputError(f"{out} {here}; another --out starts a new one")
     if s.resume:
         checkpoint = tools.read_checkpoint(path, "model")[1]
         with tools.complaining(f"cannot go on with {path}"):

@@ -29,8 +29,7 @@ both = pytest.mark.parametrize("kind", KINDS)
 
 
 @pytest.fixture(autouse=True)
-def quiet_threads():
-    torch.set_num_threads(1)
+def seeded():
     torch.manual_seed(0)
     yield
     torch.set_grad_enabled(True)
