@@ -112,7 +112,7 @@ PARTS = [
         [
             "test_method_any_layer_can_be_routed_and_bypassed_tokens_leave_bit_identical",
             "test_method_equal_scores_are_taken_in_order",
-            "test_method_router_learns_only_through_the_gate_of_processed_tokens",
+            "test_method_router_learns_only_through_the_gate_of_processed_tokens_and_the_ratio_through_that_of_the_next",
             "test_method_training_equals_sampling_in_the_result_and_in_what_the_weights_learn",
         ],
     ),
