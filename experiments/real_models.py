@@ -58,7 +58,8 @@ def routed(i: int, layer: RoutedLayer, signature: inspect.Signature, *args: obje
     call = signature.bind(*args, **named).arguments
     if call.pop("attention_mask", None) is not None:
         raise InputError("a routed model takes no self-attention mask: it makes its own")
-    x, extra = call.pop("hidden_states"), dict(call.pop("cross_attention_kwargs"))
+    x = call.pop("hidden_states").contiguous()  # the first block gets a transposed view, which is slow to work on
+    extra = dict(call.pop("cross_attention_kwargs"))
     way = {name: value[i] for name, value in extra.pop("routing").items()}  # this layer's k, or ratio (B,)
     return layer(x, call | {"cross_attention_kwargs": extra}, **way).to(x.dtype)
 
@@ -190,10 +191,9 @@ def shapes(folder: Path) -> None:
 
     def losses(count: int, seed: int) -> Tensor:  # of so many images, from the cleanest to the noisiest
         images, captions, _ = data.batch(count, rng.manual_seed(seed))
-        ids = torch.tensor([[words.index(word) for word in f"{c} - - - - - - -".split()[:8]] for c in captions])
+        text = vectors[range(8), [[words.index(w) for w in f"{c} - - - - - - -".split()[:8]] for c in captions]]
         t, noise = (even_noise_levels(count, rng) * TIMESTEPS).long(), torch.randn(images.shape, generator=rng)
-        condition = {"encoder_hidden_states": vectors[range(8), ids]}  # (B, 8, 64)
-        return diffusion_loss(model, scheduler.add_noise(images, noise, t), t, noise, condition)
+        return diffusion_loss(model, scheduler.add_noise(images, noise, t), t, noise, {"encoder_hidden_states": text})
 
     for steps, rate, target in ((1500, 2e-3, 0.0), (700, 5e-4, 0.3)):
         weights = [*model.parameters(), *(model.routing.layers.parameters() if target else [])]
