@@ -148,8 +148,8 @@ def column_of(t: Tensor, columns: int) -> Tensor:
 def ratio_loss(ratios: Tensor, target: float) -> Tensor:
     """The pull on the ratios (L, C): squared distance of their mean from the target (paper 3.3).
 
-    The training loss is diffusion_loss(...).mean() + weight * ratio_loss(...). The paper's mean goes over layers and
-    batch; noise levels are drawn evenly here, so that is the mean over the table.
+    The training loss is the mean diffusion loss + weight * ratio_loss(...). The paper's mean goes over layers and batch,
+    this one over the table, whose columns a sampler visits alike, however often training does.
     """
     return (ratios.mean() - target) ** 2
 
@@ -347,7 +347,7 @@ def diffusion_loss(
 
     images (B, 3, S, S) in [-1, 1], which are also the known pixels: the model hides those under the mask; words (B, W),
     ids as in Config; mask (B, 1, S, S), 1 = generate; t (B,) in (0, 1]; eps (B, 3, S, S); route=False: no routers, as
-    before routing begins. It is a * a times the error of v: nearly blind to high noise, where tables skip most.
+    before routing begins. It is a * a times the loss in v: nearly blind to high noise, so trainers divide by a * a.
     """
     routed = route and model.config.mode != "dense"
     ratio = model.ratios[:, column_of(t, model.ratios.shape[1])] if routed else None  # (L, B)

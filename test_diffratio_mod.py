@@ -6,7 +6,6 @@ DIFFRATIO_MOD=my_solution.py python -m pytest -k method # the tests of the metho
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
@@ -19,12 +18,13 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the commands; small models are faster with one thread
 import sample as sample_command  # isort: skip (first: it puts the file of DIFFRATIO_MOD in the place of diffratio_mod)
-import diffratio_mod as method
 import numpy as np
 import pytest
 import torch
-import train_cifar as train_command
 from PIL import Image
+
+import diffratio_mod as method
+import train_cifar as train_command
 
 HERE = Path(__file__).parent
 torch.set_num_threads(1)
@@ -521,18 +521,19 @@ def test_held_out_pairs_never_occur_in_training_and_all_others_do():
         assert {(words[i], words[i + 1]) for words in captions for i in (1, -2)} == expected
 
 
-@pytest.mark.parametrize("flip", [True, False])
-def test_a_folder_of_pictures_becomes_captions_and_images_half_of_them_mirrored(tmp_path, flip):
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_a_folder_of_pictures_becomes_captions_and_images_half_of_them_mirrored_in_training(tmp_path, part):
     ramp = np.linspace(0, 100, 30)[None, :, None].repeat(40, 0).repeat(3, 2)
     for name, value in (("Sea_Lion/0.png", 0), ("frog/0.png", 150), ("frog/1.jpg", 150)):
-        (tmp_path / "train" / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray((ramp + value).astype(np.uint8)).save(tmp_path / "train" / name)
-    flags = ["--dataset", "folder", "--data-dir", str(tmp_path), "--flip" if flip else "--no-flip"]
-    data = train_command.load_data(train_command.settle(train_command.parser().parse_args(flags)))
+        (tmp_path / part / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((ramp + value).astype(np.uint8)).save(tmp_path / part / name)
+    flags = ["--dataset", "folder", "--data-dir", str(tmp_path)]
+    data = train_command.load_data(train_command.settle(train_command.parser().parse_args(flags)), part)
     images, captions, _ = data.batch(64, torch.Generator().manual_seed(0))
     assert set(captions) == {"a photo of a sea lion", "a photo of a frog"} and images.shape == (64, 3, 32, 32)
     assert [image.mean() > 0 for image in images] == ["frog" in caption for caption in captions]
-    assert 0.3 * flip <= np.mean([bool(image[0, 0, 0] > image[0, 0, -1]) for image in images]) <= 0.7 * flip
+    low, high = {"train": (0.3, 0.7), "test": (0, 0)}[part]
+    assert low <= np.mean([bool(image[0, 0, 0] > image[0, 0, -1]) for image in images]) <= high
 
 
 # --- Training --------------------------------------------------------------------------------------------------------
@@ -547,22 +548,15 @@ def steps_of(*flags: object):
 
 
 @pytest.mark.parametrize("target", [0.2, 0.5])
-def test_mean_ratio_arrives_at_its_target_and_models_on_the_way_are_kept(target, tmp_path):
-    flags, mean, kept = ["--target-ratio", target, "--ratio-lr", 0.02, "--keep-every", 0.1], 0.0, {}
+def test_mean_ratio_arrives_at_its_target(target):
+    flags = ["--target-ratio", target, "--ratio-lr", 0.02]
     for run in steps_of(*flags, "--steps", 120, "--dense-steps", 0, "--patch-size", 2):
-        before, mean = mean, float(run.model.ratios.detach().mean())
-        assert run.step or mean == 0
-        for level in (level for level in (0.1, 0.2, 0.3, 0.4, 0.5) if before < level <= mean):
-            kept[f"ratio-{level}.pt"] = copy.deepcopy(run.ema.state_dict())
-        train_command.log(run, tmp_path) if run.step else None
-    assert abs(mean - target) < 0.02 and run.model.ratios.detach().std() > 0.001  # cells went different ways
-    assert kept and {path.name for path in tmp_path.glob("*.pt")} == set(kept)
-    for name, average in kept.items():
-        found = sample_command.read_checkpoint(tmp_path / name)[0].state_dict()
-        assert all(torch.equal(found[key], value) for key, value in average.items())
+        assert run.step or run.model.ratios.eq(0).all()
+    ratios = run.model.ratios.detach()
+    assert abs(float(ratios.mean()) - target) < 0.02 and ratios.std() > 0.001  # cells went different ways
 
 
-def test_dense_steps_come_first_with_a_weight_of_their_own_and_leave_routers_and_ratios_untouched(monkeypatch):
+def test_dense_steps_come_first_and_leave_routers_alone_and_losses_count_in_v_at_normal_noise_levels(monkeypatch):
     loss, seen = method.diffusion_loss, []
 
     def spy(model, images, words, mask, t, noise, route):
@@ -570,14 +564,16 @@ def test_dense_steps_come_first_with_a_weight_of_their_own_and_leave_routers_and
         return seen[-1][0] + loss(model, images, words, mask, t, noise, route)
 
     monkeypatch.setattr(method, "diffusion_loss", spy)
-    flags = ["--mode", "uniform", "--target-ratio", 0.25, "--noise-weight", 2.0, "--routed-noise-weight", 0.5]
-    for run in steps_of("--steps", 4, "--dense-steps", 2, *flags):
+    flags = ["--mode", "uniform", "--target-ratio", 0.25, "--noise-mean", -0.5, "--noise-spread", 0.8]
+    for run in steps_of("--steps", 4, "--dense-steps", 2, "--batch-size", 100, *flags):
         routers = [p for name, p in run.model.named_parameters() if "router" in name]
         assert run.model.ratios.eq(0.25 if run.step > 2 else 0).all()
         assert all(p.ne(0).any() == (run.step > 2) for p in routers)
     assert [route for _, _, route in seen] == [False, False, True, True]
-    for (losses, t, _), power in zip(seen, (2.0, 2.0, 0.5, 0.5)):
-        torch.testing.assert_close(losses.grad, torch.cos(t * math.acos(0.02)) ** -power / len(t))
+    for losses, t, _ in seen:
+        torch.testing.assert_close(losses.grad, torch.cos(t * math.acos(0.02)) ** -2 / len(t))
+        level = torch.tan(t * math.acos(0.02)).log()  # strata: the quantiles are nearly exact
+        torch.testing.assert_close(level[[16, 50, 84]], torch.tensor([-1.3, -0.5, 0.3]), rtol=0, atol=0.05)
 
 
 def test_init_takes_the_image_layers_and_says_what_it_does_not_take(finished, tmp_path, capsys):
@@ -630,7 +626,8 @@ def test_training_leaves_the_promised_files(finished):
     assert {path.name for path in finished.iterdir()} == {"checkpoint.pt", "metrics.jsonl", "ratios.json"} | pictures
     assert [line["step"] for line in lines] == [2, 4, 6, 8] and lines[0]["mean_ratio"] == 0 < lines[-1]["mean_ratio"]
     for line in lines:
-        assert line["loss"] == pytest.approx(np.mean(line["loss_by_region"]))  # regions have equal shares of a batch
+        found = [loss for loss in line["loss_by_region"] if loss is not None]
+        assert min(found) <= line["loss"] <= max(found)
         assert np.shape(line["ratios"]) == (2, 3) and np.mean(line["ratios"]) == pytest.approx(
             line["mean_ratio"], abs=1e-4
         )
@@ -655,8 +652,9 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(finished, tmp_path, cu
     whole, resumed = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (finished, tmp_path))
     for key in ("model", "ema"):
         assert all(torch.equal(value, resumed[key][name]) for name, value in whole[key].items())
-    moments = [[z for state in c["optimizer"]["state"].values() for z in state.values()] for c in (whole, resumed)]
-    assert len(moments[0]) == len(moments[1]) > 0 and all(map(torch.equal, *moments))
+    for name in ("adamw", "muon"):
+        moments = [[z for state in c[name]["state"].values() for z in state.values()] for c in (whole, resumed)]
+        assert len(moments[0]) == len(moments[1]) > 0 and all(map(torch.equal, *moments))
 
 
 def test_a_finished_run_can_be_extended_to_more_steps(finished, tmp_path, capsys):
@@ -832,10 +830,10 @@ def test_bad_input_is_refused_in_one_line_and_nothing_is_lost(case, finished, tm
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_a_checkpoint_is_written(tmp_path, monkeypatch, capsys):
     loss, factors = method.diffusion_loss, torch.ones(40, 6)
-    factors[3, 3], steps = math.inf, iter(factors)  # at the fourth step, in the second of three regions
+    factors[3, -1], steps = math.inf, iter(factors)  # at the fourth step, in the noisiest sixth of its images
     monkeypatch.setattr(method, "diffusion_loss", lambda *z, **options: loss(*z, **options) * next(steps))
-    result = call(train_command, capsys, *TINY, "--steps", 40, "--log-every", 3, "--out", tmp_path)
-    assert_refused(result, "not finite", "steps 4 to", "regions [2]", "saved before", "--lr")
+    result = call(train_command, capsys, *TINY, "--steps", 40, "--log-every", 3, "--noise-mean", 3, "--out", tmp_path)
+    assert_refused(result, "not finite", "steps 4 to", "regions [3]", "saved before", "--lr")
     assert sample_command.read_checkpoint(tmp_path / "checkpoint.pt", "model")[1]["step"] == 3
 
 

@@ -12,8 +12,10 @@ the pictures curves, ratios, samples and routing (which tokens a layer processed
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
+import math
 import shlex
 import signal
 import sys
@@ -28,6 +30,7 @@ import numpy as np
 import torch
 import torchvision
 from PIL import Image, ImageDraw
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import diffratio_mod as method
@@ -37,12 +40,12 @@ import diffratio_mod as method
 DATASETS = {"shapes": "", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}  # and their names in torchvision
 DATASETS |= {"fashion_mnist": "FashionMNIST", "svhn": "SVHN", "folder": "ImageFolder"}
 NETWORK = ("image_size", "patch_size", "dim", "depth", "heads")  # taken from the checkpoint with --init
-MAY_CHANGE = ("out", "resume", "steps", "device", "data_dir", "log_every", "save_every", "keep_every", "compile")
+MAY_CHANGE = ("out", "resume", "steps", "device", "data_dir", "log_every", "save_every", "compile")
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line. A default that depends on other flags is None here, and filled in by `settle`."""
-    count, share, power = tools.number(int, 1, 10**9), tools.number(float, 0, 1), tools.number(float, 0, 4)
+    count, share = tools.number(int, 1, 10**9), tools.number(float, 0, 1)
     parser = tools.Parser(__doc__)
     add = parser.add_argument_group("the run").add_argument
     add("--dataset", choices=DATASETS, default="cifar10", help="what to train on (default cifar10)")
@@ -55,7 +58,6 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=tools.number(int, 0, 10**9), default=0, help="of weights, data and noise (default 0)")
     add("--log-every", type=count, default=20, help="steps between lines of metrics.jsonl (default 20)")
     add("--save-every", type=count, default=200, help="steps between checkpoints (default 200)")
-    add("--keep-every", type=share, default=0.0, help="keep models that pass multiples of this ratio; 0: off")
     add("--device", default="auto", help="auto, cuda, mps or cpu (default auto)")
     add("--amp", action="store_true", help="run the network in bfloat16 (default off)")
     add("--compile", action="store_true", help="compile the loss; needs a C++ compiler (default off)")
@@ -67,10 +69,10 @@ def parser() -> argparse.ArgumentParser:
     add("--ratio-lr", type=share, default=1e-2, help="learning rate of the ratios (default 0.01)")
     add("--dense-steps", type=tools.number(int, 0, 10**9), help="first, without routing (default 60 %%; with --init 0)")
     add = parser.add_argument_group("the network and its training").add_argument
-    add("--lr", type=share, help="peak, of the weights (default 3e-3 * 128 / dim; a quarter of it with --init)")
-    add("--noise-weight", type=power, default=2.0, help="dense losses count by 1 / signal to this power (default 2)")
-    add("--routed-noise-weight", type=power, default=0.0, help="the same for routed losses; 2: loss in v (default 0)")
-    add("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the photographs (default; not for svhn)")
+    add("--lr", type=share, help="peak, for AdamW (default 3e-3 * 128 / dim; a quarter of it with --init)")
+    add("--muon-lr", type=share, help="peak, for the layers' matrices (default 0.01; a quarter of it with --init)")
+    add("--noise-mean", type=tools.number(float, -9, 9), default=-1.0, help="of log(noise / signal) (default -1)")
+    add("--noise-spread", type=tools.number(float, 0, 9), default=1.2, help="its standard deviation (default 1.2)")
     for name, default in zip(NETWORK, ("32, shapes 24", "4, shapes 3", "128", "6", "4")):
         add("--" + name.replace("_", "-"), type=tools.number(int, 1, 2048), help=f"default {default}")
     return parser
@@ -84,8 +86,8 @@ def settle(s: argparse.Namespace) -> argparse.Namespace:
         late = {name: getattr(source, name) for name in NETWORK}
         if wrong := [name for name in NETWORK if getattr(s, name) not in (None, late[name])]:
             raise method.InputError(f"--{wrong[0].replace('_', '-')} does not fit --init, which has {late[wrong[0]]}")
-    late |= {"steps": 30000 if s.dataset != "shapes" else 750 if s.init else 3000, "flip": s.dataset != "svhn"}
-    late["lr"] = 3e-3 * 128 / (s.dim or late["dim"]) * (0.25 if s.init else 1)
+    late["steps"], share = 30000 if s.dataset != "shapes" else 750 if s.init else 3000, 0.25 if s.init else 1.0
+    late |= {"lr": share * 3e-3 * 128 / (s.dim or late["dim"]), "muon_lr": share * 0.01}
     late["dense_steps"] = 0 if s.init else round(0.6 * (s.steps or late["steps"]))
     s = argparse.Namespace(**vars(s) | {name: value for name, value in late.items() if getattr(s, name) is None})
     method.Config(("word",), *map(vars(s).get, NETWORK), 8, s.mode, s.timestep_regions)  # refuses bad sizes at once
@@ -178,7 +180,7 @@ class Pictures:
 
 
 def load_data(s: argparse.Namespace, part: str = "train") -> Shapes | Pictures:
-    """The data set of the settings: dataset, data_dir, image_size, flip. part: train or test, of pictures."""
+    """The data set of the settings: dataset, data_dir, image_size. part: "train", mirrored but for digits, or "test"."""
     if s.dataset == "shapes":
         return Shapes(s.image_size)
     folder, needs = f"{s.data_dir}/{part}", "shapes needs no data, folder needs pictures in"
@@ -189,8 +191,8 @@ def load_data(s: argparse.Namespace, part: str = "train") -> Shapes | Pictures:
             how["download"] = True
         how["transform"] = lambda image: np.array(image.convert("RGB").resize((s.image_size, s.image_size)))
         data = getattr(torchvision.datasets, DATASETS[s.dataset])(root, **how)
-        images, labels = zip(*data)
-    return Pictures(np.stack(images), labels, getattr(data, "classes", "0123456789"), s.flip)
+        (images, labels), flip = zip(*data), part == "train" and s.dataset != "svhn"
+    return Pictures(np.stack(images), labels, getattr(data, "classes", "0123456789"), flip)
 
 
 def random_masks(count: int, size: int, rng: torch.Generator) -> torch.Tensor:
@@ -224,19 +226,23 @@ def train(s: argparse.Namespace, checkpoint: dict | None = None) -> Iterator[Sim
             unfit += ["embed_word.weight", "word_positions"]
         model.load_state_dict({k: v for k, v in source.state_dict().items() if k not in unfit}, strict=False)
     ema = copy.deepcopy(model).eval()  # the averaged model, which samples
-    # The ratios have a learning rate of their own, and no weight decay: they should not drift to zero.
-    weights = tuple(p for name, p in model.named_parameters() if name != "ratios")
-    groups = [{"params": weights, "peak": s.lr}, {"params": [model.ratios], "peak": s.ratio_lr, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.99), weight_decay=0.01)
+    # Muon (Jordan et al. 2024) makes each update orthogonal, which suits the layers' matrices. AdamW takes the rest. The
+    # ratios have a learning rate of their own, and no weight decay: they should not drift to zero.
+    weights = {name: p for name, p in model.named_parameters() if name != "ratios"}
+    matrices = {name: p for name, p in weights.items() if ".layer." in name and name.endswith("weight")}
+    others = [p for name, p in weights.items() if name not in matrices]
+    groups = [{"params": others, "peak": s.lr}, {"params": [model.ratios], "peak": s.ratio_lr, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.99), weight_decay=0.01)
+    muon = torch.optim.Muon([{"params": [*matrices.values()], "peak": s.muon_lr}], lr=0.0, weight_decay=0.0)
     # Since the last line of metrics: loss and images of each region; in the last column, gradient norm and steps.
     sums = torch.zeros(2, s.timestep_regions + 1, device=device)
-    run = SimpleNamespace(settings=s, data=data, model=model, ema=ema, optimizer=optimizer, sums=sums)
+    run = SimpleNamespace(settings=s, data=data, model=model, ema=ema, adamw=adamw, muon=muon, sums=sums)
     run.step, run.seconds, run.metrics, run.made_by = 0, 0.0, [], []
     if checkpoint:
         with tools.complaining("the run cannot go on, its data or checkpoint is another"):
             if checkpoint["config"] != asdict(config):
                 raise method.InputError("the words or sizes differ")
-            for name in ("model", "ema", "optimizer"):
+            for name in ("model", "ema", "adamw", "muon"):
                 vars(run)[name].load_state_dict(checkpoint[name])
             sums.copy_(checkpoint["sums"])
             vars(run).update({name: checkpoint[name] for name in ("step", "seconds", "metrics", "made_by")})
@@ -251,27 +257,33 @@ def train(s: argparse.Namespace, checkpoint: dict | None = None) -> Iterator[Sim
         words = tools.encode(model.config, captions)
         words[torch.rand(s.batch_size, generator=rng) < 0.1] = 0  # the null caption, for classifier-free guidance
         mask = random_masks(s.batch_size, s.image_size, rng)
-        t, noise = method.even_noise_levels(s.batch_size, rng), torch.randn(images.shape, generator=rng)
+        # Of log(noise / signal) a normal distribution, as in Karras et al. 2022: most images are rather clean, for there
+        # the details are decided that an eye sees first. Stratified, and turned into t as in `schedule`.
+        normal = torch.special.ndtri(method.even_noise_levels(s.batch_size, rng))
+        t = ((s.noise_mean + s.noise_spread * normal).exp().atan() / math.acos(0.02)).clamp(1e-3, 1)
+        noise = torch.randn(images.shape, generator=rng)
         images, words, mask, t, noise = (z.to(device) for z in (images, words, mask, t, noise))
 
         routed = run.step >= s.dense_steps and s.mode != "dense"
         if routed and s.mode == "uniform":
             model.ratios.data.fill_(s.target_ratio)
-        with torch.autocast(device.type, torch.bfloat16, enabled=s.amp):
+        # In bfloat16, a CPU's fused attention is slow backwards.
+        plain = sdpa_kernel(SDPBackend.MATH) if s.amp and device.type == "cpu" else contextlib.nullcontext()
+        with plain, torch.autocast(device.type, torch.bfloat16, enabled=s.amp):
             losses = loss_of(model, images, words, mask, t, noise, route=routed)  # (B,)
-        # The plain loss is nearly blind to the noisiest levels, where the layout of an image is decided. A network that
-        # starts from nothing learns it sooner with the loss in v. Routed steps use the plain loss, as the paper does.
-        loss = (losses * method.schedule(t)[0] ** -(s.routed_noise_weight if routed else s.noise_weight)).mean()
+        losses = losses / method.schedule(t)[0] ** 2  # in v: that in the noise is nearly blind to the noisiest levels
+        loss = losses.mean()
         if routed and model.ratios.requires_grad:
             loss = loss + s.ratio_weight * method.ratio_loss(model.ratios, s.target_ratio)
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
         # A short warm-up, a plateau, and a linear decay over the last 40 % of the steps.
-        for group in optimizer.param_groups:
-            rising, falling = (run.step + 1) / min(100, 0.1 * s.steps + 1), (s.steps - run.step) / (0.4 * s.steps)
+        rising, falling = (run.step + 1) / min(100, 0.1 * s.steps + 1), (s.steps - run.step) / (0.4 * s.steps)
+        for group in adamw.param_groups + muon.param_groups:
             group["lr"] = group["peak"] * min(1.0, rising, falling)
-        optimizer.step()
+        adamw.step()
+        muon.step()
         model.clamp_ratios()
 
         with torch.no_grad():
@@ -301,16 +313,16 @@ def check(run: SimpleNamespace) -> torch.Tensor:
 
 
 def log(run: SimpleNamespace, out: Path) -> None:
-    """Append a line to metrics.jsonl; keep the model if the mean ratio has passed a multiple of --keep-every."""
+    """Append a line to metrics.jsonl: of the steps since the last one."""
     (*losses, norm), (*images, steps) = check(run).tolist()
-    ratios, every = run.ema.ratios.detach().cpu(), run.settings.keep_every
-    before, mean = run.metrics[-1]["mean_ratio"] if run.metrics else 0.0, float(ratios.mean())
+    ratios = run.ema.ratios.detach().cpu()
     line = {"step": run.step, "seconds": round(run.seconds, 2), "loss": sum(losses) / sum(images)}
     line["loss_by_region"] = [loss / count if count else None for loss, count in zip(losses, images)]
-    line |= {"gradient_norm": norm / steps, "mean_ratio": mean, "ratios": np.round(ratios.tolist(), 4).tolist()}
-    if every and run.model.ratios.requires_grad and mean // every > before // every:
-        # The paper's by-product models (figure 7). One that is passed more than once is kept as it was the last time.
-        save(run, out / f"ratio-{mean // every * every:g}.pt", whole=False)
+    line |= {
+        "gradient_norm": norm / steps,
+        "mean_ratio": float(ratios.mean()),
+        "ratios": np.round(ratios.tolist(), 4).tolist(),
+    }
     run.metrics.append(line)
     run.sums.zero_()
     with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
@@ -322,7 +334,7 @@ def save(run: SimpleNamespace, path: Path, whole: bool = True) -> None:
     state = {"config": asdict(run.model.config), "ema": run.ema.state_dict(), "prompts": list(run.data.prompts)}
     state |= {"step": run.step, "made_by": run.made_by, "sums": check(run)}
     if whole:
-        state |= {name: vars(run)[name].state_dict() for name in ("model", "optimizer")}
+        state |= {name: vars(run)[name].state_dict() for name in ("model", "adamw", "muon")}
         state |= {"settings": vars(run.settings), "seconds": run.seconds, "metrics": run.metrics}
     with tools.replacing(path) as file:
         torch.save(state, file)

