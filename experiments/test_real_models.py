@@ -398,7 +398,7 @@ def test_gradient_of_a_ratio_agrees_with_the_finite_difference_in_k():
 
 
 def released(model: nn.Module, routing: nn.Module) -> None:
-    """Replace the routed forwards by that of the released pseudo-code, at equal routers and k, as METHOD tells it.
+    """Replace the routed forwards by that of the released pseudo-code, at equal routers and k, after its description.
 
     The k best tokens go through attention and MLP, but only what the MLP adds is multiplied by the score, and by the
     score itself, not by twice the score.
