@@ -564,7 +564,7 @@ def test_dense_steps_come_first_and_leave_routers_alone_and_losses_count_in_v_at
         return seen[-1][0] + loss(model, images, words, mask, t, noise, route)
 
     monkeypatch.setattr(method, "diffusion_loss", spy)
-    flags = ["--mode", "uniform", "--target-ratio", 0.25, "--noise-mean", -0.5, "--noise-spread", 0.8]
+    flags = ["--mode", "uniform", "--target-ratio", 0.25, "--noise", -0.5, 0.8]
     for run in steps_of("--steps", 4, "--dense-steps", 2, "--batch-size", 100, *flags):
         routers = [p for name, p in run.model.named_parameters() if "router" in name]
         assert run.model.ratios.eq(0.25 if run.step > 2 else 0).all()
@@ -832,7 +832,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_a_checkpoint_is_written(
     loss, factors = method.diffusion_loss, torch.ones(40, 6)
     factors[3, -1], steps = math.inf, iter(factors)  # at the fourth step, in the noisiest sixth of its images
     monkeypatch.setattr(method, "diffusion_loss", lambda *z, **options: loss(*z, **options) * next(steps))
-    result = call(train_command, capsys, *TINY, "--steps", 40, "--log-every", 3, "--noise-mean", 3, "--out", tmp_path)
+    result = call(train_command, capsys, *TINY, "--steps", 40, "--log-every", 3, "--noise", 3, 1, "--out", tmp_path)
     assert_refused(result, "not finite", "steps 4 to", "regions [3]", "saved before", "--lr")
     assert sample_command.read_checkpoint(tmp_path / "checkpoint.pt", "model")[1]["step"] == 3
 

@@ -71,8 +71,8 @@ def parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("the network and its training").add_argument
     add("--lr", type=share, help="peak, for AdamW (default 3e-3 * 128 / dim; a quarter of it with --init)")
     add("--muon-lr", type=share, help="peak, for the layers' matrices (default 0.01; a quarter of it with --init)")
-    add("--noise-mean", type=tools.number(float, -9, 9), default=-1.0, help="of log(noise / signal) (default -1)")
-    add("--noise-spread", type=tools.number(float, 0, 9), default=1.2, help="its standard deviation (default 1.2)")
+    help = "mean and deviation of log(noise / signal) (default -1 and 1.2; for shapes from nothing 0 and 1.6)"
+    add("--noise", type=tools.number(float, -9, 9), nargs=2, metavar=("MEAN", "DEVIATION"), help=help)
     for name, default in zip(NETWORK, ("32, shapes 24", "4, shapes 3", "128", "6", "4")):
         add("--" + name.replace("_", "-"), type=tools.number(int, 1, 2048), help=f"default {default}")
     return parser
@@ -88,6 +88,8 @@ def settle(s: argparse.Namespace) -> argparse.Namespace:
             raise method.InputError(f"--{wrong[0].replace('_', '-')} does not fit --init, which has {late[wrong[0]]}")
     late["steps"], share = 30000 if s.dataset != "shapes" else 750 if s.init else 3000, 0.25 if s.init else 1.0
     late |= {"lr": share * 3e-3 * 128 / (s.dim or late["dim"]), "muon_lr": share * 0.01}
+    early = s.dataset == "shapes" and not s.init  # which objects there are, and where, is learned at much noise
+    late["noise"] = [0.0, 1.6] if early else [-1.0, 1.2]
     late["dense_steps"] = 0 if s.init else round(0.6 * (s.steps or late["steps"]))
     s = argparse.Namespace(**vars(s) | {name: value for name, value in late.items() if getattr(s, name) is None})
     method.Config(("word",), *map(vars(s).get, NETWORK), 8, s.mode, s.timestep_regions)  # refuses bad sizes at once
@@ -260,7 +262,7 @@ def train(s: argparse.Namespace, checkpoint: dict | None = None) -> Iterator[Sim
         # Of log(noise / signal) a normal distribution, as in Karras et al. 2022: most images are rather clean, for there
         # the details are decided that an eye sees first. Stratified, and turned into t as in `schedule`.
         normal = torch.special.ndtri(method.even_noise_levels(s.batch_size, rng))
-        t = ((s.noise_mean + s.noise_spread * normal).exp().atan() / math.acos(0.02)).clamp(1e-3, 1)
+        t = ((s.noise[0] + s.noise[1] * normal).exp().atan() / math.acos(0.02)).clamp(1e-3, 1)
         noise = torch.randn(images.shape, generator=rng)
         images, words, mask, t, noise = (z.to(device) for z in (images, words, mask, t, noise))
 

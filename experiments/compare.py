@@ -176,19 +176,7 @@ def main() -> None:
     args.base = train_cifar.settle(train_cifar.parser().parse_args(flags))
     if args.base.dataset not in ("shapes", "folder") or not args.base.init:
         raise InputError("give a dense checkpoint as --init, and --dataset shapes or folder, which have held-out data")
-    alike = (
-        "init",
-        "data_dir",
-        "steps",
-        "batch_size",
-        "lr",
-        "muon_lr",
-        "noise_mean",
-        "noise_spread",
-        "ratio_lr",
-        "ratio_weight",
-        "amp",
-    )
+    alike = ("init", "data_dir", "steps", "batch_size", "lr", "muon_lr", "noise", "ratio_lr", "ratio_weight", "amp")
     args.alike = {name: getattr(args.base, name) for name in alike} | {"batches": args.batches}
     every = list(itertools.product(ARMS, range(100)))
     for arm, seed in every:  # before anything is trained: all that is there must have been measured alike
