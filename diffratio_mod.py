@@ -155,7 +155,7 @@ def ratio_loss(ratios: Tensor, target: float) -> Tensor:
 
 
 def tokens_processed(ratios: Tensor, tokens: int) -> Tensor:
-    """How many of N tokens are processed at a ratio in [0, 1): whole numbers from 1 to N, in the shape of `ratios`."""
+    """How many of N tokens are processed at a ratio in [0, 1): torch.long from 1 to N, in the shape of `ratios`."""
     return (tokens * (1 - ratios.detach())).round().long().clamp(1, tokens)
 
 
@@ -165,7 +165,7 @@ def ratio_gate(rank: Tensor, k: Tensor, ratio: Tensor) -> Tensor:
     Why there is a slope: if the layer skips a little less, one more token is processed, the next after the k best, and
     its gate goes from 0 to its full value. To first order that changes the loss by its derivative at gate 0. A factor
     with the value 0 and a slope gives the ratio just this gradient. As dk / dratio = -N, the slope is -N, shared among
-    the next e tokens, which stand for the next one with less variance, and halved (below): -N / (2 e) each. If
+    the next e tokens (fewer if fewer bypass), which stand for it with less variance, and halved: -N / (2 e) each. If
     processing them lowers the loss, the ratio's gradient is positive, and descent lowers the ratio.
 
     The half: skipping costs the difference of the loss between gate 0 and full gate, and the trapezoid rule takes the
