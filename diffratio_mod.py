@@ -148,8 +148,8 @@ def column_of(t: Tensor, columns: int) -> Tensor:
 def ratio_loss(ratios: Tensor, target: float) -> Tensor:
     """The pull on the ratios (L, C): squared distance of their mean from the target (paper 3.3).
 
-    The training loss is the mean diffusion loss + weight * ratio_loss(...). The paper's mean goes over layers and batch,
-    this one over the table, whose columns a sampler visits alike, however often training does.
+    The training loss is the mean diffusion loss + weight * ratio_loss(...). The paper's mean goes over layers and
+    batch, this one over the table, whose columns a sampler visits alike, however often training does.
     """
     return (ratios.mean() - target) ** 2
 

@@ -182,7 +182,7 @@ class Pictures:
 
 
 def load_data(s: argparse.Namespace, part: str = "train") -> Shapes | Pictures:
-    """The data set of the settings: dataset, data_dir, image_size. part: "train", mirrored but for digits, or "test"."""
+    """The data set of the settings dataset, data_dir, image_size. part: "train", mirrored but for digits, or "test"."""
     if s.dataset == "shapes":
         return Shapes(s.image_size)
     folder, needs = f"{s.data_dir}/{part}", "shapes needs no data, folder needs pictures in"
@@ -228,8 +228,8 @@ def train(s: argparse.Namespace, checkpoint: dict | None = None) -> Iterator[Sim
             unfit += ["embed_word.weight", "word_positions"]
         model.load_state_dict({k: v for k, v in source.state_dict().items() if k not in unfit}, strict=False)
     ema = copy.deepcopy(model).eval()  # the averaged model, which samples
-    # Muon (Jordan et al. 2024) makes each update orthogonal, which suits the layers' matrices. AdamW takes the rest. The
-    # ratios have a learning rate of their own, and no weight decay: they should not drift to zero.
+    # Muon (Jordan et al. 2024) makes each update orthogonal, which suits the layers' matrices. AdamW takes the rest;
+    # the ratios have a learning rate of their own, and no weight decay: they should not drift to zero.
     weights = {name: p for name, p in model.named_parameters() if name != "ratios"}
     matrices = {name: p for name, p in weights.items() if ".layer." in name and name.endswith("weight")}
     others = [p for name, p in weights.items() if name not in matrices]
@@ -259,8 +259,8 @@ def train(s: argparse.Namespace, checkpoint: dict | None = None) -> Iterator[Sim
         words = tools.encode(model.config, captions)
         words[torch.rand(s.batch_size, generator=rng) < 0.1] = 0  # the null caption, for classifier-free guidance
         mask = random_masks(s.batch_size, s.image_size, rng)
-        # Of log(noise / signal) a normal distribution, as in Karras et al. 2022: most images are rather clean, for there
-        # the details are decided that an eye sees first. Stratified, and turned into t as in `schedule`.
+        # log(noise / signal) is normal (as in Karras et al. 2022), so most images are rather clean: there the details are
+        # decided that an eye sees first. Stratified, and turned into t as in `schedule`.
         normal = torch.special.ndtri(method.even_noise_levels(s.batch_size, rng))
         t = ((s.noise[0] + s.noise[1] * normal).exp().atan() / math.acos(0.02)).clamp(1e-3, 1)
         noise = torch.randn(images.shape, generator=rng)
