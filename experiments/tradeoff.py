@@ -44,7 +44,8 @@ def model_of(arm: str, device: torch.device) -> DiT:
     if ratio:  # a dense model, which gets one ratio for all layers and steps
         weights, model = model.state_dict(), DiT(replace(model.config, mode="uniform"))
         model.load_state_dict(weights)
-        model.ratios.data.fill_(tools.number(float, 0, 0.98)(ratio))
+        with tools.complaining(f"the ratio of {arm!r}"):
+            model.ratios.data.fill_(tools.number(float, 0, 0.98)(ratio))
     return common.use(model.eval().to(device), KINDS[kind])
 
 
