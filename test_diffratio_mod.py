@@ -549,8 +549,8 @@ def steps_of(*flags: object):
 
 @pytest.mark.parametrize("target", [0.2, 0.5])
 def test_mean_ratio_arrives_at_its_target(target):
-    flags = ["--target-ratio", target, "--ratio-lr", 0.02]
-    for run in steps_of(*flags, "--steps", 120, "--dense-steps", 0, "--patch-size", 2):
+    flags = ["--steps", 120, "--dense-steps", 0, "--patch-size", 2]
+    for run in steps_of("--target-ratio", target, "--ratio-lr", 0.02, *flags):
         assert run.step or run.model.ratios.eq(0).all()
     ratios = run.model.ratios.detach()
     assert abs(float(ratios.mean()) - target) < 0.02 and ratios.std() > 0.001  # cells went different ways
@@ -576,10 +576,59 @@ def test_dense_steps_come_first_and_leave_routers_alone_and_losses_count_in_v_at
         torch.testing.assert_close(level[[16, 50, 84]], torch.tensor([-1.3, -0.5, 0.3]), rtol=0, atol=0.05)
 
 
+def test_the_loss_of_imitation_is_the_distance_of_guided_predictions_and_moves_the_student_alone():
+    model, teacher, batch = small_model(), small_model("dense").requires_grad_(False), small_batch()
+    images, words, mask, t, eps = batch.values()
+    a, s = (z.view(-1, 1, 1, 1) for z in method.schedule(t))
+    guided = []
+    for net, ratio in ((model, model.ratios[:, method.column_of(t, 4)]), (teacher, None)):
+        inputs = lambda w, net=net: (a * images + s * eps, t, net.encode_caption(w), images, mask)
+        guided.append(3 * net(*inputs(words), ratio=ratio) - 2 * net(*inputs(0 * words), ratio=ratio))
+    losses = train_command.imitation_loss(model, **batch, route=True, teacher=teacher)
+    torch.testing.assert_close(losses, (guided[0] - guided[1]).square().mean(dim=(1, 2, 3)))
+    losses.mean().backward()
+    assert model.ratios.grad.any() and all(p.grad is None for p in teacher.parameters())
+    model.load_state_dict(teacher.state_dict() | {"ratios": torch.zeros(3, 4)})
+    assert train_command.imitation_loss(model, **batch, route=False, teacher=teacher).eq(0).all()
+
+
+def test_the_dense_model_that_routing_starts_from_teaches_and_stays_as_it_is(tmp_path, monkeypatch):
+    loss, teachers, folder = train_command.imitation_loss, [], tmp_path / "train" / "frog"
+    folder.mkdir(parents=True), Image.new("RGB", (20, 20), (200, 0, 0)).save(folder / "0.png")
+    start = [*TINY, "--dataset", "folder", "--data-dir", tmp_path]
+    for run in steps_of(*start, "--mode", "dense", "--steps", 2):
+        pass
+    train_command.save(run, tmp_path / "dense.pt")
+    monkeypatch.setattr(train_command, "imitation_loss", lambda *z: teachers.append(z[-1]) or loss(*z))
+    cases = {"": 3, "--teacher none": 0, "--mode dense": 0, "--dense-steps 2": 0, "--dataset shapes": 0}
+    for flags, count in cases.items():
+        before = len(teachers)
+        for _ in steps_of(*start, "--init", tmp_path / "dense.pt", "--steps", 3, *flags.split()):
+            pass
+        assert len(teachers) == before + count
+    for name, value in teachers[0].state_dict().items():
+        assert name == "ratios" or torch.equal(value, run.ema.state_dict()[name])
+
+
+def test_muon_has_the_matrices_of_the_layers_adamw_all_else_and_their_rates_rise_stay_and_fall():
+    names = ("qkv", "attention_out", "caption_q", "caption_kv", "caption_out", "mlp.0", "mlp.2")
+    matrices = [f"layers.{i}.layer.{name}.weight" for i in range(2) for name in names]
+    for run in steps_of("--steps", 50):
+        groups = run.muon.param_groups + run.adamw.param_groups
+        if run.step:  # the n-th: up in 6 steps, down in the last 20
+            share = min(1, run.step / 6, (51 - run.step) / 20)
+            assert [group["lr"] for group in groups] == pytest.approx([share * peak for peak in (0.01, 0.024, 0.01)])
+    of = {p: name for name, p in run.model.named_parameters()}
+    muon, others, ratios = ([of[p] for p in group["params"]] for group in groups)
+    assert muon == matrices and ratios == ["ratios"] and sorted(muon + others + ratios) == sorted(of.values())
+
+
 def test_init_takes_the_image_layers_and_says_what_it_does_not_take(finished, tmp_path, capsys):
     init = finished / "checkpoint.pt"
     source = sample_command.read_checkpoint(init)[0].state_dict()
     run = next(steps_of("--init", init, "--steps", 1))
+    assert all(torch.equal(source[name], z) for name, z in run.model.state_dict().items()) and source["ratios"].any()
+    run = next(steps_of("--init", init, "--steps", 1, "--timestep-regions", 4))
     assert run.model.ratios.eq(0).all() and "ratio" in capsys.readouterr().err
     assert all(torch.equal(source[name], z) for name, z in run.model.state_dict().items() if name != "ratios")
     (tmp_path / "train" / "frog").mkdir(parents=True)
@@ -646,9 +695,8 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(finished, tmp_path, cu
     train_command.save(run, tmp_path / "checkpoint.pt")
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 99, "loss": 1}\n{"step": 100, "lo')  # written after the save
-    assert call(train_command, capsys, "--out", tmp_path, "--resume")[0] == 0 and lines_of(tmp_path) == lines_of(
-        finished
-    )
+    assert call(train_command, capsys, "--out", tmp_path, "--resume")[0] == 0
+    assert lines_of(tmp_path) == lines_of(finished)
     whole, resumed = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (finished, tmp_path))
     for key in ("model", "ema"):
         assert all(torch.equal(value, resumed[key][name]) for name, value in whole[key].items())
@@ -671,11 +719,9 @@ def test_killed_and_interrupted_runs_resume_from_a_whole_checkpoint(tmp_path):
         flags = ["--resume"] if before else []
         process = subprocess.Popen(line + flags, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         deadline = time.time() + 60
-        while (
-            process.poll() is None
-            and time.time() < deadline
-            and not (path.exists() and path.stat().st_mtime_ns > before)
-        ):
+        while process.poll() is None and time.time() < deadline:
+            if path.exists() and path.stat().st_mtime_ns > before:
+                break
             time.sleep(0.01)
         time.sleep(0.1)
         process.send_signal(number)
@@ -776,6 +822,7 @@ BAD = """
     train --patch-size 5 | 5 16
     train --steps 0 | --steps
     train --init nowhere.pt | nowhere.pt
+    train --teacher taken/checkpoint.pt | --teacher dense
     train --init taken/checkpoint.pt --dim 32 | --dim 16
     train --out taken | taken --resume
     train --out fresh --resume | fresh

@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     add("--init", help="start from the weights of this checkpoint")
     add("--resume", action="store_true", help="go on with the run in --out, for longer if --steps says so")
     add("--steps", type=count, help="in all (default 750 for shapes with --init, 3000 without; else 30000)")
-    add("--batch-size", type=tools.number(int, 1, 2**16), default=64, help="images a step (default 64)")
+    add("--batch-size", type=tools.number(int, 1, 2**16), help="images a step (default 64; 32 with a teacher)")
     add("--seed", type=tools.number(int, 0, 10**9), default=0, help="of weights, data and noise (default 0)")
     add("--log-every", type=count, default=20, help="steps between lines of metrics.jsonl (default 20)")
     add("--save-every", type=count, default=200, help="steps between checkpoints (default 200)")
@@ -68,11 +68,12 @@ def parser() -> argparse.ArgumentParser:
     add("--ratio-weight", type=tools.number(float, 0, 1e4), default=2.0, help="of the pull; 0: off (default 2)")
     add("--ratio-lr", type=share, default=1e-2, help="learning rate of the ratios (default 0.01)")
     add("--dense-steps", type=tools.number(int, 0, 10**9), help="first, without routing (default 60 %%; with --init 0)")
+    add("--teacher", help="dense checkpoint to imitate, or none (default: --init; none for shapes and dense steps)")
     add = parser.add_argument_group("the network and its training").add_argument
     add("--lr", type=share, help="peak, for AdamW (default 3e-3 * 128 / dim; a quarter of it with --init)")
     add("--muon-lr", type=share, help="peak, for the layers' matrices (default 0.01; a quarter of it with --init)")
-    help = "mean and deviation of log(noise / signal) (default -1 and 1.2; for shapes from nothing 0 and 1.6)"
-    add("--noise", type=tools.number(float, -9, 9), nargs=2, metavar=("MEAN", "DEVIATION"), help=help)
+    noise = {"type": tools.number(float, -9, 9), "nargs": 2, "metavar": ("MEAN", "DEVIATION")}
+    add("--noise", **noise, help="of log(noise / signal) (default -1 1.2; with a teacher, shapes from nothing 0 1.6)")
     for name, default in zip(NETWORK, ("32, shapes 24", "4, shapes 3", "128", "6", "4")):
         add("--" + name.replace("_", "-"), type=tools.number(int, 1, 2048), help=f"default {default}")
     return parser
@@ -86,11 +87,15 @@ def settle(s: argparse.Namespace) -> argparse.Namespace:
         late = {name: getattr(source, name) for name in NETWORK}
         if wrong := [name for name in NETWORK if getattr(s, name) not in (None, late[name])]:
             raise method.InputError(f"--{wrong[0].replace('_', '-')} does not fit --init, which has {late[wrong[0]]}")
+    late["batch_size"] = 64
     late["steps"], share = 30000 if s.dataset != "shapes" else 750 if s.init else 3000, 0.25 if s.init else 1.0
     late |= {"lr": share * 3e-3 * 128 / (s.dim or late["dim"]), "muon_lr": share * 0.01}
-    early = s.dataset == "shapes" and not s.init  # which objects there are, and where, is learned at much noise
-    late["noise"] = [0.0, 1.6] if early else [-1.0, 1.2]
+    late["noise"] = [-1.0, 1.2] if s.init or s.dataset != "shapes" else [0.0, 1.6]  # much noise teaches layout
     late["dense_steps"] = 0 if s.init else round(0.6 * (s.steps or late["steps"]))
+    teaches = s.init and source.mode == "dense" != s.mode and not s.dense_steps and s.dataset != "shapes"
+    late["teacher"] = s.teacher or (s.init if teaches else "none")
+    if late["teacher"] != "none":  # then no level matters more than another, and an image is computed twice
+        late |= {"noise": [0.0, 1.6], "batch_size": 32}
     s = argparse.Namespace(**vars(s) | {name: value for name, value in late.items() if getattr(s, name) is None})
     method.Config(("word",), *map(vars(s).get, NETWORK), 8, s.mode, s.timestep_regions)  # refuses bad sizes at once
     return s
@@ -189,8 +194,8 @@ def load_data(s: argparse.Namespace, part: str = "train") -> Shapes | Pictures:
     with tools.complaining(f"no --dataset {s.dataset} in --data-dir {s.data_dir} ({needs} {folder}/<class>/)"):
         root, how = folder, {"loader": lambda path: tools.complaining(path)(Image.open(path).convert)("RGB")}
         if s.dataset != "folder":
-            root, how = s.data_dir, {"split": part} if s.dataset == "svhn" else {"train": part == "train"}
-            how["download"] = True
+            how = {"download": True} | ({"split": part} if s.dataset == "svhn" else {"train": part == "train"})
+            root = s.data_dir
         how["transform"] = lambda image: np.array(image.convert("RGB").resize((s.image_size, s.image_size)))
         data = getattr(torchvision.datasets, DATASETS[s.dataset])(root, **how)
         (images, labels), flip = zip(*data), part == "train" and s.dataset != "svhn"
@@ -210,6 +215,21 @@ def random_masks(count: int, size: int, rng: torch.Generator) -> torch.Tensor:
 # --- Model, optimizer, and the loop ----------------------------------------------------------------------------------
 
 
+def imitation_loss(model: method.DiT, images, words, mask, t, eps, route: bool, teacher: method.DiT) -> torch.Tensor:
+    """As diffusion_loss, but the distance to what a dense model predicts, guided: what skipping changes in a sampler.
+
+    A model that has lost what captions change predicts almost as well, for that is little; but guidance multiplies it.
+    """
+    a, s = (z.view(-1, 1, 1, 1) for z in method.schedule(t))
+    noisy, t, images, mask = (torch.cat([z, z]) for z in (a * images + s * eps, t, images, mask))
+    words = torch.cat([words, torch.zeros_like(words)])
+    ratio = model.ratios[:, method.column_of(t, model.ratios.shape[1])] if route else None  # (L, 2 B)
+    predicted = model(noisy, t, model.encode_caption(words), images, mask, ratio=ratio)
+    wrong = predicted.float() - teacher(noisy, t, teacher.encode_caption(words), images, mask).float()
+    conditional, unconditional = wrong.chunk(2)
+    return (unconditional + 3 * (conditional - unconditional)).square().mean(dim=(1, 2, 3))  # 3: as in method.sample
+
+
 def train(s: argparse.Namespace, checkpoint: dict | None = None) -> Iterator[SimpleNamespace]:
     """Train; yields the run before the first step and after each. checkpoint: of a run that is to go on.
 
@@ -220,13 +240,19 @@ def train(s: argparse.Namespace, checkpoint: dict | None = None) -> Iterator[Sim
     config = method.Config(data.vocabulary, *map(vars(s).get, NETWORK), data.caption_length, s.mode, s.timestep_regions)
     model = method.DiT(config).to(device)
     if s.init and not checkpoint:
-        source, unfit = tools.read_checkpoint(Path(s.init))[0], ["ratios"]
-        if source.config.mode != "dense":
-            print(f"{s.init} has a ratio table: not taken, the ratios start at zero", file=sys.stderr)
+        source, unfit = tools.read_checkpoint(Path(s.init))[0], []
+        if (source.config.mode, source.config.regions) != (s.mode, s.timestep_regions):
+            unfit = ["ratios"]
+            if source.config.mode != "dense":
+                print(f"{s.init} has another kind of table: not taken, the ratios start at zero", file=sys.stderr)
         if replace(source.config, mode=s.mode, regions=s.timestep_regions) != model.config:
             print(f"{s.init} knows other captions: its words are not taken, but start anew", file=sys.stderr)
             unfit += ["embed_word.weight", "word_positions"]
         model.load_state_dict({k: v for k, v in source.state_dict().items() if k not in unfit}, strict=False)
+    teacher = [tools.read_checkpoint(Path(s.teacher))[0]] if s.teacher != "none" else []
+    for known in (z.to(device).requires_grad_(False).config for z in teacher):
+        if (known.mode, known.image_size, known.vocabulary) != ("dense", s.image_size, config.vocabulary):
+            raise method.InputError(f"--teacher {s.teacher} is no dense model of this size with these captions")
     ema = copy.deepcopy(model).eval()  # the averaged model, which samples
     # Muon (Jordan et al. 2024) makes each update orthogonal, which suits the layers' matrices. AdamW takes the rest;
     # the ratios have a learning rate of their own, and no weight decay: they should not drift to zero.
@@ -250,7 +276,8 @@ def train(s: argparse.Namespace, checkpoint: dict | None = None) -> Iterator[Sim
             vars(run).update({name: checkpoint[name] for name in ("step", "seconds", "metrics", "made_by")})
     run.made_by = [*run.made_by, {"command": shlex.join(["python", *sys.argv]), "torch": str(torch.__version__)}]
     compiling = tools.complaining("--compile failed; is there a C++ compiler, as g++?")
-    loss_of = compiling(torch.compile(method.diffusion_loss, fullgraph=True)) if s.compile else method.diffusion_loss
+    loss_of = imitation_loss if teacher else method.diffusion_loss
+    loss_of = compiling(torch.compile(loss_of, fullgraph=True)) if s.compile else loss_of
     yield run
 
     while run.step < s.steps:
@@ -259,7 +286,7 @@ def train(s: argparse.Namespace, checkpoint: dict | None = None) -> Iterator[Sim
         words = tools.encode(model.config, captions)
         words[torch.rand(s.batch_size, generator=rng) < 0.1] = 0  # the null caption, for classifier-free guidance
         mask = random_masks(s.batch_size, s.image_size, rng)
-        # log(noise / signal) is normal (as in Karras et al. 2022), so most images are rather clean: there the details are
+        # log(noise / signal) is normal (Karras et al. 2022), so most images are rather clean: there the details are
         # decided that an eye sees first. Stratified, and turned into t as in `schedule`.
         normal = torch.special.ndtri(method.even_noise_levels(s.batch_size, rng))
         t = ((s.noise[0] + s.noise[1] * normal).exp().atan() / math.acos(0.02)).clamp(1e-3, 1)
@@ -272,8 +299,8 @@ def train(s: argparse.Namespace, checkpoint: dict | None = None) -> Iterator[Sim
         # In bfloat16, a CPU's fused attention is slow backwards.
         plain = sdpa_kernel(SDPBackend.MATH) if s.amp and device.type == "cpu" else contextlib.nullcontext()
         with plain, torch.autocast(device.type, torch.bfloat16, enabled=s.amp):
-            losses = loss_of(model, images, words, mask, t, noise, route=routed)  # (B,)
-        losses = losses / method.schedule(t)[0] ** 2  # in v: that in the noise is nearly blind to the noisiest levels
+            losses = loss_of(model, images, words, mask, t, noise, routed, *teacher)  # (B,)
+        losses = losses / method.schedule(t)[0] ** 2  # from the noise to v
         loss = losses.mean()
         if routed and model.ratios.requires_grad:
             loss = loss + s.ratio_weight * method.ratio_loss(model.ratios, s.target_ratio)
@@ -320,11 +347,8 @@ def log(run: SimpleNamespace, out: Path) -> None:
     ratios = run.ema.ratios.detach().cpu()
     line = {"step": run.step, "seconds": round(run.seconds, 2), "loss": sum(losses) / sum(images)}
     line["loss_by_region"] = [loss / count if count else None for loss, count in zip(losses, images)]
-    line |= {
-        "gradient_norm": norm / steps,
-        "mean_ratio": float(ratios.mean()),
-        "ratios": np.round(ratios.tolist(), 4).tolist(),
-    }
+    line |= {"gradient_norm": norm / steps, "mean_ratio": float(ratios.mean())}
+    line["ratios"] = np.round(ratios.tolist(), 4).tolist()
     run.metrics.append(line)
     run.sums.zero_()
     with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
@@ -369,7 +393,7 @@ def draw_curves(metrics: list[dict]) -> Image.Image:
         "loss by noise level, blue clean to red noisy; black: all": np.log10(np.c_[np.array(regions, float), loss]),
         "ratio by layer, blue first to red last; black: mean": np.c_[layers, layers.mean(axis=1)],
     }
-    draw = ImageDraw.Draw(sheet := Image.new("RGB", (1290, 330), tools.PAPER))
+    draw = ImageDraw.Draw(sheet := Image.new("RGB", (1290, 300), tools.PAPER))
     for left, (title, values) in zip((60, 490, 920), panels.items()):
         low, high = np.nanmin(values), np.nanmax(values) + 0.01
         draw.text((left, 12), title, tools.INK, tools.FONT)
@@ -383,8 +407,6 @@ def draw_curves(metrics: list[dict]) -> Image.Image:
             points = [(left + 340 * x / steps[-1], 260 - 220 * (y - low) / (high - low)) for x, y in points if y > -99]
             red, black = i / values.shape[1], i == values.shape[1]
             draw.line(points, tools.INK if black else (round(270 * red), 70, round(270 - 270 * red)), 2 + black)
-    note = "The loss rises while the ratios do, for tokens are taken away. It falls again once their mean has arrived."
-    draw.text((60, 296), note, tools.INK, tools.SMALL)
     return sheet
 
 

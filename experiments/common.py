@@ -22,16 +22,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffratio_mod import (
-    DiT,
-    InputError,
-    RoutedLayer,
-    _normalise,
-    diffusion_loss,
-    even_noise_levels,
-    schedule,
-    tokens_processed,
-)
+from diffratio_mod import DiT, InputError, RoutedLayer, diffusion_loss, even_noise_levels, schedule, tokens_processed
+from diffratio_mod import _normalise as normalise
 from diffratio_mod import sample as draw
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -101,24 +93,23 @@ class AttentionPrunedLayer(RoutedLayer):
     def forward(self, x, *context, k=None, ratio=None):
         layer, (modulation, caption) = self.layer, context
         shift1, scale1, alpha1, shift2, scale2, alpha2 = (modulation + layer.modulation).unsqueeze(2).unbind(1)
-        qkv = layer.qkv(_normalise(x, shift1, scale1)).unflatten(2, (3, layer.heads, -1)).permute(2, 0, 3, 1, 4)
+        qkv = layer.qkv(normalise(x, shift1, scale1)).unflatten(2, (3, layer.heads, -1)).permute(2, 0, 3, 1, 4)
         attention = (qkv[0] @ qkv[1].transpose(2, 3) * qkv.shape[4] ** -0.5).softmax(dim=3)  # (B, H, N, N)
         gain = alpha1 * layer.attention_out((attention.to(qkv.dtype) @ qkv[2]).transpose(1, 2).flatten(2))
-        attention, importance = attention.mean(dim=1), torch.full_like(x[:, :1, 0], 1).unsqueeze(1) / x.shape[1]
-        importance = importance.expand(-1, 1, x.shape[1])
+        attention = attention.mean(dim=1)  # (B, N, N)
+        importance = attention.new_ones(len(x), 1, x.shape[1])
         for _ in range(5):
             importance = importance @ attention  # (B, 1, N): what all tokens give to each
         kept = importance.squeeze(1).argsort(dim=1, descending=True)[:, :k]  # (B, k)
         attention = attention + torch.eye(x.shape[1], device=x.device)  # a kept token takes its own
-        nearest = attention.gather(2, kept.unsqueeze(1).expand(-1, x.shape[1], -1)).argmax(
-            dim=2
-        )  # (B, N), in 0 ... k - 1
+        to_kept = attention.gather(2, kept.unsqueeze(1).expand(-1, x.shape[1], -1))  # (B, N, k)
+        nearest = to_kept.argmax(dim=2)  # (B, N), in 0 ... k - 1
 
         x = x + gain
         best = x.gather(1, kept.unsqueeze(2).expand(-1, -1, x.shape[2]))
         key, value = layer.caption_kv(caption).chunk(2, dim=-1)
-        gain = layer.caption_out(layer.attend(layer.caption_q(_normalise(best)), key, value))
-        gain = gain + alpha2 * layer.mlp(_normalise(best + gain, shift2, scale2))
+        gain = layer.caption_out(layer.attend(layer.caption_q(normalise(best)), key, value))
+        gain = gain + alpha2 * layer.mlp(normalise(best + gain, shift2, scale2))
         return x + gain.gather(1, nearest.unsqueeze(2).expand(-1, -1, x.shape[2]))
 
 

@@ -7,7 +7,8 @@
 An arm is NAME=CHECKPOINT, and what is behind a colon makes the layers of the model compute in another way: `cache` (on
 every second step a layer adds what it added the step before), `merging:0.3` (ToMe, package tomesd) and `pruning:0.3`
 (AT-EDM) with this share of the tokens, `weaker` (the unconditional half of guidance skips twice as much). Each arm
-chooses its guidance at 10 steps on 500 images, and samples at every step count with it. Quality: for photographs KID in
+chooses its guidance at 10 steps on 500 images (from the middle of --guidance outwards, until the best lies between two
+worse ones, or at an end), and samples at every step count with it. Quality: for photographs KID in
 thousandths (photographs.py), for `shapes` the share of prompts followed (judge.py). Last come the seconds, of all arms in
 interleaved rounds. Leaves tradeoff-DATASET.json and .png; arms that the file holds already are not run again.
 """
@@ -116,10 +117,14 @@ def main() -> None:
     for name, model in models.items():
         if name in results:
             continue
-        tried = {
-            guidance: measure(model, min(500, args.num), steps=10, guidance=guidance) for guidance in args.guidance
-        }
-        best = (max if higher else min)(tried, key=lambda guidance: tried[guidance][0])
+        tried: dict[float, list[float]] = {}
+        levels = sorted(args.guidance)
+        if isinstance(model.layers[0], common.WeakerUnconditionalLayer):
+            levels = [g for g in levels if g != 1]  # at 1 there is no unconditional half
+        best = levels[(len(levels) - 1) // 2]
+        while new := set(levels[max(0, levels.index(best) - 1) : levels.index(best) + 2]) - set(tried):
+            tried |= {g: measure(model, min(500, args.num), steps=10, guidance=g) for g in sorted(new)}
+            best = (max if higher else min)(tried, key=lambda guidance: tried[guidance][0])
         print(f"{name}, at 10 steps:", ", ".join(f"guidance {g:g}: {tried[g][0]:.1f}" for g in tried), flush=True)
         row: dict = {"guidance": best, "tried at 10 steps": tried, "steps": {}}
         for steps in args.steps:
@@ -142,10 +147,8 @@ def main() -> None:
     print("\n| arm | guidance |" + "".join(f" {steps} steps |" for steps in args.steps))
     print("|---" * (len(args.steps) + 2) + "|")
     for name in models:
-        cells = [results[name]["steps"][str(steps)] for steps in args.steps]
-        cells = [
-            f"{c['quality']:.1f} ± {c['standard error']:.1f}, {c['GFLOPs']:.2f}, {c['seconds']:.3f}" for c in cells
-        ]
+        of = [results[name]["steps"][str(steps)] for steps in args.steps]
+        cells = [f"{p['quality']:.1f} ± {p['standard error']:.1f} ({p['GFLOPs']:.1f}; {p['seconds']:.3f})" for p in of]
         print(f"| {name} | {results[name]['guidance']:g} | {' | '.join(cells)} |")
     common.write_json(results, out)
     draw_chart({name: results[name] for name in models}, args.dataset, out.with_suffix(".png"))
