@@ -592,20 +592,17 @@ def test_the_loss_of_imitation_is_the_distance_of_guided_predictions_and_moves_t
     assert train_command.imitation_loss(model, **batch, route=False, teacher=teacher).eq(0).all()
 
 
-def test_the_dense_model_that_routing_starts_from_teaches_and_stays_as_it_is(tmp_path, monkeypatch):
-    loss, teachers, folder = train_command.imitation_loss, [], tmp_path / "train" / "frog"
-    folder.mkdir(parents=True), Image.new("RGB", (20, 20), (200, 0, 0)).save(folder / "0.png")
-    start = [*TINY, "--dataset", "folder", "--data-dir", tmp_path]
-    for run in steps_of(*start, "--mode", "dense", "--steps", 2):
+def test_a_teacher_teaches_in_every_step_and_stays_as_it_is(tmp_path, monkeypatch):
+    loss, teachers, dense = train_command.imitation_loss, [], tmp_path / "dense.pt"
+    for run in steps_of("--mode", "dense", "--steps", 2):
         pass
-    train_command.save(run, tmp_path / "dense.pt")
+    train_command.save(run, dense)
     monkeypatch.setattr(train_command, "imitation_loss", lambda *z: teachers.append(z[-1]) or loss(*z))
-    cases = {"": 3, "--teacher none": 0, "--mode dense": 0, "--dense-steps 2": 0, "--dataset shapes": 0}
-    for flags, count in cases.items():
-        before = len(teachers)
-        for _ in steps_of(*start, "--init", tmp_path / "dense.pt", "--steps", 3, *flags.split()):
+    for flags, count in (([], 0), (["--teacher", dense], 3)):
+        for _ in steps_of("--init", dense, "--steps", 3, *flags):
             pass
-        assert len(teachers) == before + count
+        assert len(teachers) == count
+    assert not any(p.requires_grad for p in teachers[0].parameters())  # which would keep its activations for nothing
     for name, value in teachers[0].state_dict().items():
         assert name == "ratios" or torch.equal(value, run.ema.state_dict()[name])
 

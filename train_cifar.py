@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     add("--init", help="start from the weights of this checkpoint")
     add("--resume", action="store_true", help="go on with the run in --out, for longer if --steps says so")
     add("--steps", type=count, help="in all (default 750 for shapes with --init, 3000 without; else 30000)")
-    add("--batch-size", type=tools.number(int, 1, 2**16), help="images a step (default 64; 32 with a teacher)")
+    add("--batch-size", type=tools.number(int, 1, 2**16), help="images a step (default 64, 32 with a teacher)")
     add("--seed", type=tools.number(int, 0, 10**9), default=0, help="of weights, data and noise (default 0)")
     add("--log-every", type=count, default=20, help="steps between lines of metrics.jsonl (default 20)")
     add("--save-every", type=count, default=200, help="steps between checkpoints (default 200)")
@@ -68,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
     add("--ratio-weight", type=tools.number(float, 0, 1e4), default=2.0, help="of the pull; 0: off (default 2)")
     add("--ratio-lr", type=share, default=1e-2, help="learning rate of the ratios (default 0.01)")
     add("--dense-steps", type=tools.number(int, 0, 10**9), help="first, without routing (default 60 %%; with --init 0)")
-    add("--teacher", help="dense checkpoint to imitate, or none (default: --init; none for shapes and dense steps)")
+    add("--teacher", help="dense checkpoint to imitate, instead of learning from the pictures")
     add = parser.add_argument_group("the network and its training").add_argument
     add("--lr", type=share, help="peak, for AdamW (default 3e-3 * 128 / dim; a quarter of it with --init)")
     add("--muon-lr", type=share, help="peak, for the layers' matrices (default 0.01; a quarter of it with --init)")
@@ -92,9 +92,7 @@ def settle(s: argparse.Namespace) -> argparse.Namespace:
     late |= {"lr": share * 3e-3 * 128 / (s.dim or late["dim"]), "muon_lr": share * 0.01}
     late["noise"] = [-1.0, 1.2] if s.init or s.dataset != "shapes" else [0.0, 1.6]  # much noise teaches layout
     late["dense_steps"] = 0 if s.init else round(0.6 * (s.steps or late["steps"]))
-    teaches = s.init and source.mode == "dense" != s.mode and not s.dense_steps and s.dataset != "shapes"
-    late["teacher"] = s.teacher or (s.init if teaches else "none")
-    if late["teacher"] != "none":  # then no level matters more than another, and an image is computed twice
+    if s.teacher:  # then no level matters more than another, and an image is computed twice
         late |= {"noise": [0.0, 1.6], "batch_size": 32}
     s = argparse.Namespace(**vars(s) | {name: value for name, value in late.items() if getattr(s, name) is None})
     method.Config(("word",), *map(vars(s).get, NETWORK), 8, s.mode, s.timestep_regions)  # refuses bad sizes at once
@@ -249,7 +247,7 @@ def train(s: argparse.Namespace, checkpoint: dict | None = None) -> Iterator[Sim
             print(f"{s.init} knows other captions: its words are not taken, but start anew", file=sys.stderr)
             unfit += ["embed_word.weight", "word_positions"]
         model.load_state_dict({k: v for k, v in source.state_dict().items() if k not in unfit}, strict=False)
-    teacher = [tools.read_checkpoint(Path(s.teacher))[0]] if s.teacher != "none" else []
+    teacher = [tools.read_checkpoint(Path(s.teacher))[0]] if s.teacher else []
     for known in (z.to(device).requires_grad_(False).config for z in teacher):
         if (known.mode, known.image_size, known.vocabulary) != ("dense", s.image_size, config.vocabulary):
             raise method.InputError(f"--teacher {s.teacher} is no dense model of this size with these captions")

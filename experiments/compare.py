@@ -43,7 +43,7 @@ def settings(args: argparse.Namespace, arm: str, seed: int) -> argparse.Namespac
     study = args.base.dataset + (f"-{args.target}" if arm != "dense" else "")  # dense is the same at all targets
     own = {"out": str(args.runs / study / f"{seed}-{arm.replace(' ', '-')}"), "seed": seed, "target_ratio": args.target}
     own["mode"] = arm if arm in ("dense", "uniform", "layer") else "layer-timestep"
-    own["teacher"] = "none" if arm == "dense" else args.base.teacher
+    own["teacher"] = None if arm == "dense" else args.base.teacher
     if arm == "pruned":
         own |= {"mode": "dense", "depth": args.base.depth - round(args.target * args.base.depth)}
         own["init"] = f"{own['out']}/init.pt"

@@ -14,6 +14,7 @@ interleaved rounds. Leaves tradeoff-DATASET.json and .png; arms that the file ho
 """
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -109,6 +110,7 @@ def main() -> None:
     prompts_by, quality, higher = measure_of(args, next(iter(models.values())).config.image_size, device)
     results = json.loads(out.read_text()) if out.exists() else {}
 
+    @functools.cache
     def measure(model: DiT, num: int, **options: float) -> list[float]:
         prompts, firsts = prompts_by(num), tqdm(range(0, num, 50), str(options), leave=False, disable=None)
         parts = [draw(model, prompts[i : i + 50], i, args, **options) for i in firsts]
