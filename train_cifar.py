@@ -298,7 +298,7 @@ def train(s: argparse.Namespace, checkpoint: dict | None = None) -> Iterator[Sim
         plain = sdpa_kernel(SDPBackend.MATH) if s.amp and device.type == "cpu" else contextlib.nullcontext()
         with plain, torch.autocast(device.type, torch.bfloat16, enabled=s.amp):
             losses = loss_of(model, images, words, mask, t, noise, routed, *teacher)  # (B,)
-        losses = losses / method.schedule(t)[0] ** 2  # from the noise to v
+        losses = losses / method.schedule(t)[0] ** 2  # to v: see diffusion_loss
         loss = losses.mean()
         if routed and model.ratios.requires_grad:
             loss = loss + s.ratio_weight * method.ratio_loss(model.ratios, s.target_ratio)
