@@ -576,37 +576,6 @@ def test_dense_steps_come_first_and_leave_routers_alone_and_losses_count_in_v_at
         torch.testing.assert_close(level[[16, 50, 84]], torch.tensor([-1.3, -0.5, 0.3]), rtol=0, atol=0.05)
 
 
-def test_the_loss_of_imitation_is_the_distance_of_guided_predictions_and_moves_the_student_alone():
-    model, teacher, batch = small_model(), small_model("dense").requires_grad_(False), small_batch()
-    images, words, mask, t, eps = batch.values()
-    a, s = (z.view(-1, 1, 1, 1) for z in method.schedule(t))
-    guided = []
-    for net, ratio in ((model, model.ratios[:, method.column_of(t, 4)]), (teacher, None)):
-        inputs = lambda w, net=net: (a * images + s * eps, t, net.encode_caption(w), images, mask)
-        guided.append(3 * net(*inputs(words), ratio=ratio) - 2 * net(*inputs(0 * words), ratio=ratio))
-    losses = train_command.imitation_loss(model, **batch, route=True, teacher=teacher)
-    torch.testing.assert_close(losses, (guided[0] - guided[1]).square().mean(dim=(1, 2, 3)))
-    losses.mean().backward()
-    assert model.ratios.grad.any() and all(p.grad is None for p in teacher.parameters())
-    model.load_state_dict(teacher.state_dict() | {"ratios": torch.zeros(3, 4)})
-    assert train_command.imitation_loss(model, **batch, route=False, teacher=teacher).eq(0).all()
-
-
-def test_a_teacher_teaches_in_every_step_and_stays_as_it_is(tmp_path, monkeypatch):
-    loss, teachers, dense = train_command.imitation_loss, [], tmp_path / "dense.pt"
-    for run in steps_of("--mode", "dense", "--steps", 2):
-        pass
-    train_command.save(run, dense)
-    monkeypatch.setattr(train_command, "imitation_loss", lambda *z: teachers.append(z[-1]) or loss(*z))
-    for flags, count in (([], 0), (["--teacher", dense], 3)):
-        for _ in steps_of("--init", dense, "--steps", 3, *flags):
-            pass
-        assert len(teachers) == count
-    assert not any(p.requires_grad for p in teachers[0].parameters())  # which would keep its activations for nothing
-    for name, value in teachers[0].state_dict().items():
-        assert name == "ratios" or torch.equal(value, run.ema.state_dict()[name])
-
-
 def test_muon_has_the_matrices_of_the_layers_adamw_all_else_and_their_rates_rise_stay_and_fall():
     names = ("qkv", "attention_out", "caption_q", "caption_kv", "caption_out", "mlp.0", "mlp.2")
     matrices = [f"layers.{i}.layer.{name}.weight" for i in range(2) for name in names]
@@ -819,7 +788,6 @@ BAD = """
     train --patch-size 5 | 5 16
     train --steps 0 | --steps
     train --init nowhere.pt | nowhere.pt
-    train --teacher taken/checkpoint.pt | --teacher dense
     train --init taken/checkpoint.pt --dim 32 | --dim 16
     train --out taken | taken --resume
     train --out fresh --resume | fresh

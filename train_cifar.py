@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     add("--init", help="start from the weights of this checkpoint")
     add("--resume", action="store_true", help="go on with the run in --out, for longer if --steps says so")
     add("--steps", type=count, help="in all (default 750 for shapes with --init, 3000 without; else 30000)")
-    add("--batch-size", type=tools.number(int, 1, 2**16), help="images a step (default 64, 32 with a teacher)")
+    add("--batch-size", type=tools.number(int, 1, 2**16), default=64, help="images a step (default 64)")
     add("--seed", type=tools.number(int, 0, 10**9), default=0, help="of weights, data and noise (default 0)")
     add("--log-every", type=count, default=20, help="steps between lines of metrics.jsonl (default 20)")
     add("--save-every", type=count, default=200, help="steps between checkpoints (default 200)")
@@ -68,12 +68,11 @@ def parser() -> argparse.ArgumentParser:
     add("--ratio-weight", type=tools.number(float, 0, 1e4), default=2.0, help="of the pull; 0: off (default 2)")
     add("--ratio-lr", type=share, default=1e-2, help="learning rate of the ratios (default 0.01)")
     add("--dense-steps", type=tools.number(int, 0, 10**9), help="first, without routing (default 60 %%; with --init 0)")
-    add("--teacher", help="dense checkpoint to imitate, instead of learning from the pictures")
     add = parser.add_argument_group("the network and its training").add_argument
     add("--lr", type=share, help="peak, for AdamW (default 3e-3 * 128 / dim; a quarter of it with --init)")
     add("--muon-lr", type=share, help="peak, for the layers' matrices (default 0.01; a quarter of it with --init)")
     noise = {"type": tools.number(float, -9, 9), "nargs": 2, "metavar": ("MEAN", "DEVIATION")}
-    add("--noise", **noise, help="of log(noise / signal) (default -1 1.2; with a teacher, shapes from nothing 0 1.6)")
+    add("--noise", **noise, help="of log(noise / signal) (default -1 1.2; shapes from nothing 0 1.6)")
     for name, default in zip(NETWORK, ("32, shapes 24", "4, shapes 3", "128", "6", "4")):
         add("--" + name.replace("_", "-"), type=tools.number(int, 1, 2048), help=f"default {default}")
     return parser
@@ -87,13 +86,10 @@ def settle(s: argparse.Namespace) -> argparse.Namespace:
         late = {name: getattr(source, name) for name in NETWORK}
         if wrong := [name for name in NETWORK if getattr(s, name) not in (None, late[name])]:
             raise method.InputError(f"--{wrong[0].replace('_', '-')} does not fit --init, which has {late[wrong[0]]}")
-    late["batch_size"] = 64
     late["steps"], share = 30000 if s.dataset != "shapes" else 750 if s.init else 3000, 0.25 if s.init else 1.0
     late |= {"lr": share * 3e-3 * 128 / (s.dim or late["dim"]), "muon_lr": share * 0.01}
     late["noise"] = [-1.0, 1.2] if s.init or s.dataset != "shapes" else [0.0, 1.6]  # much noise teaches layout
     late["dense_steps"] = 0 if s.init else round(0.6 * (s.steps or late["steps"]))
-    if s.teacher:  # then no level matters more than another, and an image is computed twice
-        late |= {"noise": [0.0, 1.6], "batch_size": 32}
     s = argparse.Namespace(**vars(s) | {name: value for name, value in late.items() if getattr(s, name) is None})
     method.Config(("word",), *map(vars(s).get, NETWORK), 8, s.mode, s.timestep_regions)  # refuses bad sizes at once
     return s
@@ -213,21 +209,6 @@ def random_masks(count: int, size: int, rng: torch.Generator) -> torch.Tensor:
 # --- Model, optimizer, and the loop ----------------------------------------------------------------------------------
 
 
-def imitation_loss(model: method.DiT, images, words, mask, t, eps, route: bool, teacher: method.DiT) -> torch.Tensor:
-    """As diffusion_loss, but the distance to what a dense model predicts, guided: what skipping changes in a sampler.
-
-    A model that has lost what captions change predicts almost as well, for that is little; but guidance multiplies it.
-    """
-    a, s = (z.view(-1, 1, 1, 1) for z in method.schedule(t))
-    noisy, t, images, mask = (torch.cat([z, z]) for z in (a * images + s * eps, t, images, mask))
-    words = torch.cat([words, torch.zeros_like(words)])
-    ratio = model.ratios[:, method.column_of(t, model.ratios.shape[1])] if route else None  # (L, 2 B)
-    predicted = model(noisy, t, model.encode_caption(words), images, mask, ratio=ratio)
-    wrong = predicted.float() - teacher(noisy, t, teacher.encode_caption(words), images, mask).float()
-    conditional, unconditional = wrong.chunk(2)
-    return (unconditional + 3 * (conditional - unconditional)).square().mean(dim=(1, 2, 3))  # 3: as in method.sample
-
-
 def train(s: argparse.Namespace, checkpoint: dict | None = None) -> Iterator[SimpleNamespace]:
     """Train; yields the run before the first step and after each. checkpoint: of a run that is to go on.
 
@@ -247,10 +228,6 @@ def train(s: argparse.Namespace, checkpoint: dict | None = None) -> Iterator[Sim
             print(f"{s.init} knows other captions: its words are not taken, but start anew", file=sys.stderr)
             unfit += ["embed_word.weight", "word_positions"]
         model.load_state_dict({k: v for k, v in source.state_dict().items() if k not in unfit}, strict=False)
-    teacher = [tools.read_checkpoint(Path(s.teacher))[0]] if s.teacher else []
-    for known in (z.to(device).requires_grad_(False).config for z in teacher):
-        if (known.mode, known.image_size, known.vocabulary) != ("dense", s.image_size, config.vocabulary):
-            raise method.InputError(f"--teacher {s.teacher} is no dense model of this size with these captions")
     ema = copy.deepcopy(model).eval()  # the averaged model, which samples
     # Muon (Jordan et al. 2024) makes each update orthogonal, which suits the layers' matrices. AdamW takes the rest;
     # the ratios have a learning rate of their own, and no weight decay: they should not drift to zero.
@@ -274,9 +251,9 @@ def train(s: argparse.Namespace, checkpoint: dict | None = None) -> Iterator[Sim
             vars(run).update({name: checkpoint[name] for name in ("step", "seconds", "metrics", "made_by")})
     run.made_by = [*run.made_by, {"command": shlex.join(["python", *sys.argv]), "torch": str(torch.__version__)}]
     compiling = tools.complaining("--compile failed; is there a C++ compiler, as g++?")
-    loss_of = imitation_loss if teacher else method.diffusion_loss
-    loss_of = compiling(torch.compile(loss_of, fullgraph=True)) if s.compile else loss_of
+    run.loss_of = method.diffusion_loss
     yield run
+    loss_of = compiling(torch.compile(run.loss_of, fullgraph=True)) if s.compile else run.loss_of
 
     while run.step < s.steps:
         began, rng = time.perf_counter(), torch.Generator().manual_seed(s.seed * 1_000_000_007 + run.step)
@@ -297,7 +274,7 @@ def train(s: argparse.Namespace, checkpoint: dict | None = None) -> Iterator[Sim
         # In bfloat16, a CPU's fused attention is slow backwards.
         plain = sdpa_kernel(SDPBackend.MATH) if s.amp and device.type == "cpu" else contextlib.nullcontext()
         with plain, torch.autocast(device.type, torch.bfloat16, enabled=s.amp):
-            losses = loss_of(model, images, words, mask, t, noise, routed, *teacher)  # (B,)
+            losses = loss_of(model, images, words, mask, t, noise, routed)  # (B,)
         losses = losses / method.schedule(t)[0] ** 2  # to v: see diffusion_loss
         loss = losses.mean()
         if routed and model.ratios.requires_grad:
@@ -408,8 +385,9 @@ def draw_curves(metrics: list[dict]) -> Image.Image:
     return sheet
 
 
-def main() -> int | None:
-    s, checkpoint = parser().parse_args(), None
+def main(argv: Sequence[str] | None = None, prepare=lambda run: None) -> int | None:
+    """The command. argv: in place of sys.argv; prepare: called with the run before its first step, may change it."""
+    s, checkpoint = parser().parse_args(argv), None
     out = Path(s.out or f"runs/{s.dataset}")
     path = out / "checkpoint.pt"
     if path.exists() != s.resume:
@@ -419,7 +397,7 @@ def main() -> int | None:
         checkpoint = tools.read_checkpoint(path, "model")[1]
         with tools.complaining(f"cannot go on with {path}"):
             began = checkpoint["settings"]
-            s = parser().parse_args(namespace=argparse.Namespace(**began))  # flags that are given replace its own
+            s = parser().parse_args(argv, argparse.Namespace(**began))  # flags that are given replace its own
             for name in set(vars(s)) - set(MAY_CHANGE):
                 if getattr(s, name) != began.get(name):
                     raise method.InputError(f"its --{name.replace('_', '-')} is {began.get(name)} and cannot change")
@@ -427,6 +405,7 @@ def main() -> int | None:
                 raise method.InputError(f"it has done {checkpoint['step']} steps, more than --steps {s.steps}")
     steps, stop = train(s if s.resume else settle(s), checkpoint), []
     run = next(steps)
+    prepare(run)
     s = run.settings
     out.mkdir(parents=True, exist_ok=True)  # below: lines of metrics after the checkpoint come again
     (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in run.metrics))

@@ -43,7 +43,6 @@ def settings(args: argparse.Namespace, arm: str, seed: int) -> argparse.Namespac
     study = args.base.dataset + (f"-{args.target}" if arm != "dense" else "")  # dense is the same at all targets
     own = {"out": str(args.runs / study / f"{seed}-{arm.replace(' ', '-')}"), "seed": seed, "target_ratio": args.target}
     own["mode"] = arm if arm in ("dense", "uniform", "layer") else "layer-timestep"
-    own["teacher"] = None if arm == "dense" else args.base.teacher
     if arm == "pruned":
         own |= {"mode": "dense", "depth": args.base.depth - round(args.target * args.base.depth)}
         own["init"] = f"{own['out']}/init.pt"
@@ -177,8 +176,8 @@ def main() -> None:
     args.base = train_cifar.settle(train_cifar.parser().parse_args(flags))
     if args.base.dataset not in ("shapes", "folder") or not args.base.init:
         raise InputError("give a dense checkpoint as --init, and --dataset shapes or folder, which have held-out data")
-    alike = ["init", "teacher", "data_dir", "steps", "batch_size", "lr", "muon_lr", "noise"]
-    alike += ["ratio_lr", "ratio_weight", "amp"]
+    alike = ["init", "data_dir", "steps", "batch_size", "lr", "muon_lr", "noise", "ratio_lr"]
+    alike += ["ratio_weight", "amp"]
     args.alike = {name: getattr(args.base, name) for name in alike} | {"batches": args.batches}
     every = list(itertools.product(ARMS, range(100)))
     for arm, seed in every:  # before anything is trained: all that is there must have been measured alike

@@ -6,11 +6,12 @@
 
 An arm is NAME=CHECKPOINT, and what is behind a colon makes the layers of the model compute in another way: `cache` (on
 every second step a layer adds what it added the step before), `merging:0.3` (ToMe, package tomesd) and `pruning:0.3`
-(AT-EDM) with this share of the tokens, `weaker` (the unconditional half of guidance skips twice as much). Each arm
-chooses its guidance at 10 steps on 500 images (from the middle of --guidance outwards, until the best lies between two
-worse ones, or at an end), and samples at every step count with it. Quality: for photographs KID in
-thousandths (photographs.py), for `shapes` the share of prompts followed (judge.py). Last come the seconds, of all arms in
-interleaved rounds. Leaves tradeoff-DATASET.json and .png; arms that the file holds already are not run again.
+(AT-EDM) with this share of the tokens, `weaker` (the unconditional half of guidance skips twice as much), `scaled:0.2` (the
+table scaled to this mean). Each arm chooses its guidance at 10 steps on 500 images (from the middle of --guidance
+outwards, until the best lies between two worse ones, or at an end), and samples at every step count with it. Quality: for
+photographs KID in thousandths (photographs.py), for `shapes` the share of prompts followed (judge.py). Last come the
+seconds, of all arms in interleaved rounds. Leaves tradeoff-DATASET.json and .png; arms that the file holds already are not
+run again.
 """
 
 import argparse
@@ -34,20 +35,24 @@ from diffratio_mod import DiT, InputError, RoutedLayer
 from train_cifar import load_data
 
 KINDS = {"": RoutedLayer, "cache": common.CachedLayer, "weaker": common.WeakerUnconditionalLayer}
-KINDS |= {"merging": common.MergedLayer, "pruning": common.AttentionPrunedLayer}
+KINDS |= {"merging": common.MergedLayer, "pruning": common.AttentionPrunedLayer, "scaled": RoutedLayer}
 
 
 def model_of(arm: str, device: torch.device) -> DiT:
     """The model of NAME=CHECKPOINT:KIND:RATIO."""
     path, kind, ratio = (*arm.partition("=")[2].split(":"), "", "")[:3]
-    if kind not in KINDS or (kind in ("merging", "pruning")) != bool(ratio):
-        raise InputError(f"{arm!r} is not NAME=CHECKPOINT, with :cache, :weaker, :merging:RATIO or :pruning:RATIO")
+    if kind not in KINDS or (kind in ("merging", "pruning", "scaled")) != bool(ratio):
+        raise InputError(f"{arm!r} is not NAME=CHECKPOINT, with :cache, :weaker, :merging:, :pruning: or :scaled:RATIO")
     model, _ = tools.read_checkpoint(Path(path))
-    if ratio:  # a dense model, which gets one ratio for all layers and steps
-        weights, model = model.state_dict(), DiT(replace(model.config, mode="uniform"))
-        model.load_state_dict(weights)
+    if ratio:
         with tools.complaining(f"the ratio of {arm!r}"):
-            model.ratios.data.fill_(tools.number(float, 0, 0.98)(ratio))
+            mean = tools.number(float, 0, 0.98)(ratio)
+        if kind == "scaled" and not model.ratios.any():
+            raise InputError(f"{arm!r}: this model has no learned table to scale")
+        weights, table = model.state_dict(), common.scaled(model.ratios.detach(), mean)
+        if kind != "scaled":  # a dense model, which gets one ratio for all layers and steps
+            model, table = DiT(replace(model.config, mode="uniform")), torch.full_like(table, mean)
+        model.load_state_dict(weights | {"ratios": table})
     return common.use(model.eval().to(device), KINDS[kind])
 
 
