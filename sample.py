@@ -208,7 +208,7 @@ def record_routing(model: DiT, records: list) -> list:
 def draw_grid(rows: list, title="", row_names=(), column_names=(), side=80, lines=0) -> Image.Image:
     """A grid of squares, each of an image (S, S, 3) and a text, in its corner or under it, in so many lines."""
     left, top, width, height = 14 + 50 * bool(row_names), 14 + 70 * bool(title), side + 4, side + 4 + 15 * lines
-    wide = max(left + width * len(rows[0]), 560 * bool(title)) + 10  # room for the title
+    wide = max(left + width * len(rows[0]), 14 + round(FONT.getlength(title))) + 10
     draw = ImageDraw.Draw(sheet := Image.new("RGB", (wide, top + height * len(rows) + 10), PAPER))
     draw.text((14, 10), title, INK, FONT)
     for j, name in enumerate(column_names):
