@@ -85,14 +85,16 @@ def draw_chart(results: dict, dataset: str, path: Path) -> None:
     """Quality over GFLOPs, and over seconds, a curve an arm."""
     common.package("matplotlib").use("Agg")
     figure, axes = common.package("matplotlib.pyplot").subplots(1, 2, figsize=(15, 6), sharey=True)
+    colours = common.package("matplotlib").colormaps["tab10" if len(results) <= 10 else "tab20"].colors
     for axis, cost in zip(axes, ("GFLOPs", "seconds")):
+        axis.set_prop_cycle(color=colours)
         for name, row in results.items():
             points = list(row["steps"].values())
             style = "o--" if name.startswith("dense") else "o-"
             axis.plot([p[cost] for p in points], [p["quality"] for p in points], style, markersize=4, label=name)
         axis.set(xlabel=f"{cost} an image", xscale="log")
     axes[0].set_ylabel("prompts followed, %" if dataset == "shapes" else "KID, thousandths")
-    axes[1].legend(fontsize=8)
+    axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=90, bbox_inches="tight")
 
 
