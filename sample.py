@@ -267,7 +267,7 @@ def main() -> None:
     add("--inpaint", type=Path, metavar="PICTURE", help="fill a part of it; the prompt tells the whole picture")
     add("--mask", type=Path, metavar="PICTURE", help="of the same size; what is white in it is generated")
     add = parser.add_argument_group("how").add_argument
-    add("--steps", type=number(int, 1, 1000), default=30, help="denoising steps (default 30)")
+    add("--steps", type=number(int, 1, 1000), default=20, help="denoising steps (default 20)")
     add("--guidance", type=number(float, 0, 100), default=3.0, help="1 is off, at half the cost (default 3)")
     add("--ratios", type=Path, metavar="JSON", help="skip by this table, in the form of ratios.json")
     add("--dense", action="store_true", help="the same weights, with nothing skipped")

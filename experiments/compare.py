@@ -150,6 +150,7 @@ def draw_chart(results: dict, path: Path) -> None:
     """Loss by timestep region against dense, mean over the seeds."""
     common.package("matplotlib").use("Agg")
     figure, axis = common.package("matplotlib.pyplot").subplots(figsize=(9, 5))
+    axis.set_prop_cycle(color=common.package("matplotlib").colormaps["tab20"].colors)
     losses = {key: torch.tensor(row["losses"]["noise"]).mean(dim=0) for key, row in results.items()}
     for arm in (arm for arm in ARMS if arm not in ("dense", *TRAINING_FREE)):
         pairs = [(losses[key], losses.get((key[0], "dense"))) for key in losses if key[1] == arm]
