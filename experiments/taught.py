@@ -4,7 +4,8 @@
         --data-dir data/cifar10-jpeg --amp --compile --steps 1350 --out runs/taught
 
 All flags are those of train_cifar.py. No noise level matters more than another here, and every image is computed twice, so
-the defaults are `--noise 0 1.6` and `--batch-size 32`. Give --teacher again with --resume.
+the defaults are `--noise 0 1.6` and `--batch-size 32`. Go on with this command, too, and --teacher: a checkpoint does not tell
+that it had a teacher.
 """
 
 from pathlib import Path

@@ -1,14 +1,16 @@
 """The layers that the routed one is compared with: right where it is known what they must give."""
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import common
 import pytest
 import torch
+import tradeoff
 
-from diffratio_mod import Config, DiT, RoutedLayer
+from diffratio_mod import Config, DiT, InputError, RoutedLayer
 
 
 @pytest.fixture
@@ -60,3 +62,20 @@ def test_the_weaker_half_is_the_second_one_and_skips_twice_as_much(model):
     weaker = run(model, common.WeakerUnconditionalLayer, 12, noise=noise)
     for rows, k in ((slice(0, 2), 12), (slice(2, 4), 8)):
         torch.testing.assert_close(weaker[rows], run(model, RoutedLayer, k, noise=noise)[rows])
+
+
+def test_an_arm_of_the_tradeoff_has_its_checkpoints_weights_and_the_table_that_it_names(tmp_path):
+    torch.manual_seed(0)
+    model = DiT(Config(("a", "b"), 16, 4, 16, 2, 2, 2, "layer-timestep", 5))
+    model.ratios.data = torch.rand(2, 5) / 2
+    torch.save({"config": asdict(model.config), "ema": model.state_dict()}, path := tmp_path / "model.pt")
+    arm = lambda kind: tradeoff.model_of(f"name={path}{kind}", torch.device("cpu"))
+    assert torch.equal(arm("").ratios, model.ratios) and arm(":scaled:0").ratios.eq(0).all()
+    scaled = arm(":scaled:0.1")
+    torch.testing.assert_close(scaled.ratios / model.ratios, torch.full((2, 5), 0.1 / model.ratios.mean().item()))
+    assert arm(":merging:0.3").ratios.eq(0.3).all() and torch.equal(scaled.out.bias, model.out.bias)
+    model.ratios.data.zero_()
+    torch.save({"config": asdict(model.config), "ema": model.state_dict()}, path)
+    for wrong in (":scaled", ":scaled:0.1", ":scaled:2", ":cache:0.1", ":cached"):
+        with pytest.raises(InputError):
+            arm(wrong)

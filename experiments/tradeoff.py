@@ -50,8 +50,8 @@ def model_of(arm: str, device: torch.device) -> DiT:
         if kind == "scaled" and not model.ratios.any():
             raise InputError(f"{arm!r}: this model has no learned table to scale")
         weights, table = model.state_dict(), common.scaled(model.ratios.detach(), mean)
-        if kind != "scaled":  # a dense model, which gets one ratio for all layers and steps
-            model, table = DiT(replace(model.config, mode="uniform")), torch.full_like(table, mean)
+        if kind != "scaled":  # one ratio for all layers and steps
+            model, table = DiT(replace(model.config, mode="uniform")), torch.full_like(table[:, :1], mean)
         model.load_state_dict(weights | {"ratios": table})
     return common.use(model.eval().to(device), KINDS[kind])
 
