@@ -137,7 +137,7 @@ def _normalise(x: Tensor, shift: Tensor | None = None, scale: Tensor | None = No
 
 # --- The table of ratios (paper 3.3 and 3.4) and token routing (paper 3.2) -------------------------------------------
 
-BOUNDARY = 0.05  # e as a share of all tokens, rounded up
+NEXT_BEST_SHARE = 0.05  # e as a share of all tokens, rounded up
 
 
 def column_of(t: Tensor, columns: int) -> Tensor:
@@ -180,7 +180,7 @@ def ratio_gate(rank: Tensor, k: Tensor, ratio: Tensor) -> Tensor:
     rank (B, N), each token's place in its image, 0 = best; k and the ratio that it follows from, (B, 1). Gives (B, N).
     """
     N = rank.shape[1]
-    e = (N - k).clamp(max=math.ceil(BOUNDARY * N))  # (B, 1); 0 at a ratio of 0, which only the pull can raise
+    e = (N - k).clamp(max=math.ceil(NEXT_BEST_SHARE * N))  # (B, 1); 0 at a ratio of 0, which only the pull can raise
     next_best = (rank >= k) & (rank < k + e)
     zero_with_slope = (ratio.detach() - ratio) * N / (2 * e.clamp(min=1))
     return (rank < k) + next_best * zero_with_slope

@@ -39,7 +39,7 @@ if (other := os.environ.get("DIFFRATIO_MOD")) and "diffratio_mod" not in sys.mod
     spec.loader.exec_module(sys.modules["diffratio_mod"])
 from diffratio_mod import Config, DiT, InputError, RoutedLayer, column_of, sample, tokens_processed
 
-READY_MADE = Path(__file__).parent / "assets" / "shapes_routed.pt"
+DEFAULT_CHECKPOINT = Path(__file__).parent / "assets" / "shapes_routed.pt"
 FONT, SMALL, INK, PAPER = ImageFont.load_default(15), ImageFont.load_default(12), (30, 30, 40), (255, 255, 255)
 
 
@@ -86,7 +86,7 @@ def pick_device(name: str) -> torch.device:
 
 
 @contextlib.contextmanager
-def complaining(about: str) -> Iterator:
+def input_errors(about: str) -> Iterator:
     """Whatever goes wrong within becomes one line: a damaged or hostile file can fail in any way."""
     try:
         yield
@@ -97,10 +97,10 @@ def complaining(about: str) -> Iterator:
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator:
+def replace_file(path: Path) -> Iterator:
     """A file that takes the place of `path` when it is complete and on disk, and vanishes if anything goes wrong."""
     part = path.with_name(path.name + ".part")
-    with complaining(f"cannot write {path}, what was there before is safe"):
+    with input_errors(f"cannot write {path}, what was there before is safe"):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(part, "wb") as file:
@@ -114,7 +114,7 @@ def replacing(path: Path) -> Iterator:
 
 def read_checkpoint(path: Path, weights: str = "ema") -> tuple[DiT, dict]:
     """The model with the weights "ema" or "model" of a checkpoint, on the CPU, and all of it. Runs nothing of it."""
-    with complaining(f"cannot use {path} as a checkpoint"):
+    with input_errors(f"cannot use {path} as a checkpoint"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         config, values = Config(**checkpoint["config"]), checkpoint[weights]
         with torch.device("meta"):  # shapes without memory: weights that do not fit are refused before any is taken
@@ -128,7 +128,7 @@ def read_checkpoint(path: Path, weights: str = "ema") -> tuple[DiT, dict]:
 
 def read_ratios(path: Path, depth: int) -> torch.Tensor:
     """A ratio table (L, C) from a JSON file: {"ratios": [[...], ...]}, as train_cifar.py writes it."""
-    with complaining(f"cannot use --ratios {path} (assets/ratios.json is an example)"):
+    with input_errors(f"cannot use --ratios {path} (assets/ratios.json is an example)"):
         content = json.loads(path.read_text(encoding="utf-8"))
         ratios = torch.tensor(content["ratios"] if isinstance(content, dict) else content, dtype=torch.float32)
         if ratios.ndim != 2 or len(ratios) != depth or not ratios.numel() or not ((ratios >= 0) & (ratios < 1)).all():
@@ -138,7 +138,7 @@ def read_ratios(path: Path, depth: int) -> torch.Tensor:
 
 def read_inpainting(picture: Path, mask: Path, size: int) -> dict[str, torch.Tensor]:
     """The known pixels (3, S, S) in [-1, 1] and the mask (1, S, S), 1 = generate."""
-    with complaining(f"cannot use --inpaint {picture} and --mask {mask}"):
+    with input_errors(f"cannot use --inpaint {picture} and --mask {mask}"):
         images = [Image.open(path).convert("RGB") for path in (picture, mask)]
         if images[0].size != images[1].size:
             raise InputError(f"they must be of the same size, not {images[0].size} and {images[1].size}")
@@ -163,7 +163,7 @@ def encode(config: Config, captions: Sequence[str]) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.long)
 
 
-def generate(model: DiT, prompts: Sequence[str], seed: int, first: int = 0, **options) -> np.ndarray:
+def images_from_prompts(model: DiT, prompts: Sequence[str], seed: int, first: int = 0, **options) -> np.ndarray:
     """Images (B, S, S, 3), uint8, each from its own noise, whatever the batch. options: of diffratio_mod.sample."""
     size, device = model.config.image_size, model.ratios.device
     rngs = [torch.Generator().manual_seed(seed * 1_000_003 + first + i) for i in range(len(prompts))]
@@ -242,7 +242,7 @@ def draw_routing(model: DiT, prompts: Sequence[str], seed: int, **options) -> Im
     """Sample, and show for six steps which tokens each layer processed; the first row is the guess of the image."""
     config, steps, records, columns, names = model.config, [], [], [], []
     hooks = record_routing(model, records)
-    generate(model, prompts, seed, hook=lambda t, guess: steps.append((t, to_uint8(guess))), **options)
+    images_from_prompts(model, prompts, seed, hook=lambda t, guess: steps.append((t, to_uint8(guess))), **options)
     for hook in hooks:
         hook.remove()
     L, p, side = config.depth, config.patch_size, config.image_size // config.patch_size
@@ -260,7 +260,7 @@ def draw_routing(model: DiT, prompts: Sequence[str], seed: int, **options) -> Im
 def main() -> None:
     parser = Parser(__doc__)
     add = parser.add_argument_group("what to draw").add_argument
-    add("--checkpoint", type=Path, default=READY_MADE, help="checkpoint to sample from (default: the ready-made one)")
+    add("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT, help="to sample from (default: the shipped one of shapes)")
     add("--prompt", action="append", help="what to draw; repeatable (default: prompts kept in the checkpoint)")
     add("--num", type=number(int, 1, 10**6), default=1, help="images a prompt (default 1)")
     add("--seed", type=number(int, 0, 2**40), default=0, help="seed of the noise (default 0)")
@@ -294,9 +294,9 @@ def main() -> None:
 
     prompts = args.prompt or checkpoint["prompts"]
     captions = [prompt for prompt in prompts for _ in range(args.num)]
-    generate(model, captions[: args.batch_size], args.seed, **(options | {"steps": 1}))  # warm up
+    images_from_prompts(model, captions[: args.batch_size], args.seed, **(options | {"steps": 1}))  # warm up
     firsts, start = tqdm(range(0, len(captions), args.batch_size), unit="batch", disable=None), time.time()
-    parts = [generate(model, captions[i : i + args.batch_size], args.seed, i, **options) for i in firsts]
+    parts = [images_from_prompts(model, captions[i : i + args.batch_size], args.seed, i, **options) for i in firsts]
     images, seconds = np.concatenate(parts), time.time() - start
     files = {args.out: draw_samples(images[:64], captions[:64])} | ({args.npz: None} if args.npz else {})
     if args.routing_map:
@@ -312,7 +312,7 @@ def main() -> None:
         print("the sheet shows at most 64 images, a routing map at most 3 prompts")
     print("writing", *list(files)[:4], *["..."] * (len(files) > 4), f"({sum(map(Path.exists, files))} over older ones)")
     for path, picture in files.items():
-        with replacing(path) as file:
+        with replace_file(path) as file:
             picture.save(file, "PNG") if picture else np.savez(file, arr_0=images)
 
 

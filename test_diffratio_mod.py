@@ -528,7 +528,7 @@ def test_a_folder_of_pictures_becomes_captions_and_images_half_of_them_mirrored_
         (tmp_path / part / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray((ramp + value).astype(np.uint8)).save(tmp_path / part / name)
     flags = ["--dataset", "folder", "--data-dir", str(tmp_path)]
-    data = train_command.load_data(train_command.settle(train_command.parser().parse_args(flags)), part)
+    data = train_command.load_data(train_command.fill_defaults(train_command.make_parser().parse_args(flags)), part)
     images, captions, _ = data.batch(64, torch.Generator().manual_seed(0))
     assert set(captions) == {"a photo of a sea lion", "a photo of a frog"} and images.shape == (64, 3, 32, 32)
     assert [image.mean() > 0 for image in images] == ["frog" in caption for caption in captions]
@@ -544,7 +544,8 @@ TINY += ["--patch-size", "4", "--timestep-regions", "3", "--device", "cpu", "--l
 
 def steps_of(*flags: object):
     """The runs that the generator yields, with tiny settings and these flags."""
-    return train_command.train(train_command.settle(train_command.parser().parse_args([*TINY, *map(str, flags)])))
+    settings = train_command.make_parser().parse_args([*TINY, *map(str, flags)])
+    return train_command.train(train_command.fill_defaults(settings))
 
 
 @pytest.mark.parametrize("target", [0.2, 0.5])
@@ -655,10 +656,10 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(finished, tmp_path, cu
     """Cut inside the dense part, at the switch, and inside the routed part; at a save, between saves, between logs."""
     for run in steps_of("--steps", 8, "--dense-steps", 2, "--ratio-lr", 0.05):
         if run.step and run.step % 2 == 0:
-            train_command.log(run, tmp_path)
+            train_command.write_metrics(run, tmp_path)
         if run.step == cut:
             break
-    train_command.save(run, tmp_path / "checkpoint.pt")
+    train_command.save_checkpoint(run, tmp_path / "checkpoint.pt")
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 99, "loss": 1}\n{"step": 100, "lo')  # written after the save
     assert call(train_command, capsys, "--out", tmp_path, "--resume")[0] == 0
@@ -705,7 +706,8 @@ def test_a_checkpoint_gives_identical_samples_in_a_new_process(finished, tmp_pat
     assert result.returncode == 0, result.stderr
     array, model = np.load(tmp_path / "s.npz")["arr_0"], sample_command.read_checkpoint(path)[0]
     captions = [prompts[0]] * 2 + [prompts[1]] * 2
-    expected = [sample_command.generate(model, captions[a:b], 3, a, steps=4, guidance=2.0) for a, b in ((0, 3), (3, 4))]
+    generate = sample_command.images_from_prompts
+    expected = [generate(model, captions[a:b], 3, a, steps=4, guidance=2.0) for a, b in ((0, 3), (3, 4))]
     assert array.dtype == np.uint8 and np.array_equal(array, np.concatenate(expected))
     assert len(np.unique(array.reshape(4, -1), axis=0)) == 4
     assert all(np.array_equal(Image.open(tmp_path / "png" / f"{i:06d}.png"), array[i]) for i in range(4))
@@ -733,7 +735,7 @@ def test_the_routing_that_is_recorded_is_what_was_processed(finished):
             module.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
     model.ratios.data.uniform_(0.1, 0.9)
     hooks = sample_command.record_routing(model, records)
-    sample_command.generate(model, ["a red circle", "a blue cross"], 0, steps=3)
+    sample_command.images_from_prompts(model, ["a red circle", "a blue cross"], 0, steps=3)
     assert len(records) == len(hooks) * 3 == 6
     for (score, order), x, processed in zip(records, given[::2], given[1::2]):  # all tokens come in, these get on
         assert torch.equal(x.gather(1, order[..., None].expand_as(processed)), processed)

@@ -43,8 +43,8 @@ NETWORK = ("image_size", "patch_size", "dim", "depth", "heads")  # taken from th
 MAY_CHANGE = ("out", "resume", "steps", "device", "data_dir", "log_every", "save_every", "compile")
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line. A default that depends on other flags is None here, and filled in by `settle`."""
+def make_parser() -> argparse.ArgumentParser:
+    """The command line. A default that depends on other flags is None here, and filled in by `fill_defaults`."""
     count, share = tools.number(int, 1, 10**9), tools.number(float, 0, 1)
     parser = tools.Parser(__doc__)
     add = parser.add_argument_group("the run").add_argument
@@ -78,7 +78,7 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def settle(s: argparse.Namespace) -> argparse.Namespace:
+def fill_defaults(s: argparse.Namespace) -> argparse.Namespace:
     """Fill in the defaults that depend on other settings. Raises InputError where settings do not fit together."""
     late = dict(zip(NETWORK, (24, 3, 128, 6, 4) if s.dataset == "shapes" else (32, 4, 128, 6, 4)))
     if s.init:
@@ -185,8 +185,8 @@ def load_data(s: argparse.Namespace, part: str = "train") -> Shapes | Pictures:
     if s.dataset == "shapes":
         return Shapes(s.image_size)
     folder, needs = f"{s.data_dir}/{part}", "shapes needs no data, folder needs pictures in"
-    with tools.complaining(f"no --dataset {s.dataset} in --data-dir {s.data_dir} ({needs} {folder}/<class>/)"):
-        root, how = folder, {"loader": lambda path: tools.complaining(path)(Image.open(path).convert)("RGB")}
+    with tools.input_errors(f"no --dataset {s.dataset} in --data-dir {s.data_dir} ({needs} {folder}/<class>/)"):
+        root, how = folder, {"loader": lambda path: tools.input_errors(path)(Image.open(path).convert)("RGB")}
         if s.dataset != "folder":
             how = {"download": True} | ({"split": part} if s.dataset == "svhn" else {"train": part == "train"})
             root = s.data_dir
@@ -242,7 +242,7 @@ def train(s: argparse.Namespace, checkpoint: dict | None = None) -> Iterator[Sim
     run = SimpleNamespace(settings=s, data=data, model=model, ema=ema, adamw=adamw, muon=muon, sums=sums)
     run.step, run.seconds, run.metrics, run.made_by = 0, 0.0, [], []
     if checkpoint:
-        with tools.complaining("the run cannot go on, its data or checkpoint is another"):
+        with tools.input_errors("the run cannot go on, its data or checkpoint is another"):
             if checkpoint["config"] != asdict(config):
                 raise method.InputError("the words or sizes differ")
             for name in ("model", "ema", "adamw", "muon"):
@@ -250,7 +250,7 @@ def train(s: argparse.Namespace, checkpoint: dict | None = None) -> Iterator[Sim
             sums.copy_(checkpoint["sums"])
             vars(run).update({name: checkpoint[name] for name in ("step", "seconds", "metrics", "made_by")})
     run.made_by = [*run.made_by, {"command": shlex.join(["python", *sys.argv]), "torch": str(torch.__version__)}]
-    compiling = tools.complaining("--compile failed; is there a C++ compiler, as g++?")
+    compiling = tools.input_errors("--compile failed; is there a C++ compiler, as g++?")
     run.loss_of = method.diffusion_loss
     yield run
     loss_of = compiling(torch.compile(run.loss_of, fullgraph=True)) if s.compile else run.loss_of
@@ -306,7 +306,7 @@ def train(s: argparse.Namespace, checkpoint: dict | None = None) -> Iterator[Sim
 # --- What is written -------------------------------------------------------------------------------------------------
 
 
-def check(run: SimpleNamespace) -> torch.Tensor:
+def finite_sums(run: SimpleNamespace) -> torch.Tensor:
     """The sums since the last line of metrics, on the CPU. Raises InputError if a loss or gradient was not finite."""
     sums, first = run.sums.cpu(), run.metrics[-1]["step"] + 1 if run.metrics else 1
     if not sums.isfinite().all():
@@ -316,9 +316,9 @@ def check(run: SimpleNamespace) -> torch.Tensor:
     return sums
 
 
-def log(run: SimpleNamespace, out: Path) -> None:
+def write_metrics(run: SimpleNamespace, out: Path) -> None:
     """Append a line to metrics.jsonl: of the steps since the last one."""
-    (*losses, norm), (*images, steps) = check(run).tolist()
+    (*losses, norm), (*images, steps) = finite_sums(run).tolist()
     ratios = run.ema.ratios.detach().cpu()
     line = {"step": run.step, "seconds": round(run.seconds, 2), "loss": sum(losses) / sum(images)}
     line["loss_by_region"] = [loss / count if count else None for loss, count in zip(losses, images)]
@@ -330,32 +330,32 @@ def log(run: SimpleNamespace, out: Path) -> None:
         file.write(json.dumps(line) + "\n")
 
 
-def save(run: SimpleNamespace, path: Path, whole: bool = True) -> None:
+def save_checkpoint(run: SimpleNamespace, path: Path, whole: bool = True) -> None:
     """Write a checkpoint, never one that is not finite; whole: from which the run can go on, not only what samples."""
     state = {"config": asdict(run.model.config), "ema": run.ema.state_dict(), "prompts": list(run.data.prompts)}
-    state |= {"step": run.step, "made_by": run.made_by, "sums": check(run)}
+    state |= {"step": run.step, "made_by": run.made_by, "sums": finite_sums(run)}
     if whole:
         state |= {name: vars(run)[name].state_dict() for name in ("model", "adamw", "muon")}
         state |= {"settings": vars(run.settings), "seconds": run.seconds, "metrics": run.metrics}
-    with tools.replacing(path) as file:
+    with tools.replace_file(path) as file:
         torch.save(state, file)
 
 
-def show(run: SimpleNamespace, out: Path) -> None:
+def write_pictures(run: SimpleNamespace, out: Path) -> None:
     """Write the learned table and the pictures, from the averaged weights."""
     s, prompts, ratios = run.settings, run.data.prompts, run.ema.ratios.detach()
     mean, rows = float(ratios.mean()), np.round(ratios.tolist(), 4).tolist()
     table = {"about": "share of tokens that bypass; a row a layer, a column a timestep region, the least noisy first"}
     table |= {"mode": s.mode, "target": s.target_ratio, "mean": mean, "ratios": rows}
-    with tools.replacing(out / "ratios.json") as file:
+    with tools.replace_file(out / "ratios.json") as file:
         file.write(json.dumps(table, indent=1).replace("\n   ", " ").replace("\n  ]", "]").encode())
-    pictures = {"samples": tools.draw_samples(tools.generate(run.ema, prompts, s.seed), prompts)}
+    pictures = {"samples": tools.draw_samples(tools.images_from_prompts(run.ema, prompts, s.seed), prompts)}
     pictures["ratios"] = tools.draw_ratios(ratios, f"Share of tokens that bypass, {s.mode}, mean {mean:.3f}")
     pictures["curves"] = draw_curves(run.metrics)
     if s.mode != "dense":
         pictures["routing"] = tools.draw_routing(run.ema, prompts[:3], s.seed)
     for name, picture in pictures.items():
-        with tools.replacing(out / f"{name}.png") as file:
+        with tools.replace_file(out / f"{name}.png") as file:
             picture.save(file, "PNG")
 
 
@@ -387,7 +387,7 @@ def draw_curves(metrics: list[dict]) -> Image.Image:
 
 def main(argv: Sequence[str] | None = None, prepare=lambda run: None) -> int | None:
     """The command. argv: in place of sys.argv; prepare: called with the run before its first step, may change it."""
-    s, checkpoint = parser().parse_args(argv), None
+    s, checkpoint = make_parser().parse_args(argv), None
     out = Path(s.out or f"runs/{s.dataset}")
     path = out / "checkpoint.pt"
     if path.exists() != s.resume:
@@ -395,15 +395,15 @@ def main(argv: Sequence[str] | None = None, prepare=lambda run: None) -> int | N
         raise method.InputError(f"{out} {here}; another --out starts a new one")
     if s.resume:
         checkpoint = tools.read_checkpoint(path, "model")[1]
-        with tools.complaining(f"cannot go on with {path}"):
+        with tools.input_errors(f"cannot go on with {path}"):
             began = checkpoint["settings"]
-            s = parser().parse_args(argv, argparse.Namespace(**began))  # flags that are given replace its own
+            s = make_parser().parse_args(argv, argparse.Namespace(**began))  # flags that are given replace its own
             for name in set(vars(s)) - set(MAY_CHANGE):
                 if getattr(s, name) != began.get(name):
                     raise method.InputError(f"its --{name.replace('_', '-')} is {began.get(name)} and cannot change")
             if s.steps < checkpoint["step"]:
                 raise method.InputError(f"it has done {checkpoint['step']} steps, more than --steps {s.steps}")
-    steps, stop = train(s if s.resume else settle(s), checkpoint), []
+    steps, stop = train(s if s.resume else fill_defaults(s), checkpoint), []
     run = next(steps)
     prepare(run)
     s = run.settings
@@ -414,18 +414,18 @@ def main(argv: Sequence[str] | None = None, prepare=lambda run: None) -> int | N
     with tqdm(steps, total=s.steps, initial=run.step, unit="step", dynamic_ncols=True) as bar:
         for run in bar:
             if run.step % s.log_every == 0 or run.step == s.steps:
-                log(run, out)
+                write_metrics(run, out)
                 bar.set_postfix_str(f"loss {run.metrics[-1]['loss']:.4f}, ratio {run.metrics[-1]['mean_ratio']:.3f}")
             if stop or run.step % s.save_every == 0 or run.step == s.steps:
-                save(run, path)
+                save_checkpoint(run, path)
             if stop:
                 bar.close()
                 again = shlex.join(["python", sys.argv[0], "--dataset", s.dataset, "--out", str(out), "--resume"])
                 print(f"stopped after step {run.step}, saved to {path}; go on with: {again}", file=sys.stderr)
                 return 128 + stop[0]
             if run.step in (s.steps // 4, s.steps // 2, 3 * s.steps // 4) and run.metrics:
-                show(run, out)
-    show(run, out)
+                write_pictures(run, out)
+    write_pictures(run, out)
     print(f"{run.step} steps in {run.seconds / 60:.1f} minutes; see {out}; for longer, --resume with more --steps")
 
 

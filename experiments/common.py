@@ -198,12 +198,12 @@ def cached(name: str, make: Callable[[], Any]) -> Any:
     path = Path("runs") / f"{name}.pt"
     if not path.exists():
         made = make()
-        with tools.replacing(path) as file:
+        with tools.replace_file(path) as file:
             torch.save(made, file)
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def write_json(results: dict, path: Path) -> None:
     lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in results.items()]
-    with tools.replacing(path) as file:
+    with tools.replace_file(path) as file:
         file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode())

@@ -61,7 +61,7 @@ def prune(args: argparse.Namespace, s: argparse.Namespace) -> None:
         worst = costs.index(min(costs))
         model.layers = layers[:worst] + layers[worst + 1 :]
     state = model.state_dict() | {"ratios": torch.zeros(s.depth, 1)}
-    with tools.replacing(Path(s.init)) as file:
+    with tools.replace_file(Path(s.init)) as file:
         torch.save({"config": asdict(replace(model.config, depth=s.depth, mode="dense")), "ema": state}, file)
 
 
@@ -103,8 +103,8 @@ def fine_tune(args: argparse.Namespace, arm: str, seed: int) -> DiT:
                 for layer in run.model.layers:
                     layer.router.requires_grad_(False)
         elif run.step % 20 == 0 or run.step == s.steps:
-            train_cifar.log(run, out)  # which raises if a loss was not finite
-    train_cifar.save(run, out / "checkpoint.pt", whole=False)
+            train_cifar.write_metrics(run, out)  # which raises if a loss was not finite
+    train_cifar.save_checkpoint(run, out / "checkpoint.pt", whole=False)
     return run.ema
 
 
@@ -174,7 +174,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON; the chart goes beside it")
     args, others = parser.parse_known_args()
     flags = ["--steps=300", "--batch-size=40", *others, "--dense-steps=0"]
-    args.base = train_cifar.settle(train_cifar.parser().parse_args(flags))
+    args.base = train_cifar.fill_defaults(train_cifar.make_parser().parse_args(flags))
     if args.base.dataset not in ("shapes", "folder") or not args.base.init:
         raise InputError("give a dense checkpoint as --init, and --dataset shapes or folder, which have held-out data")
     alike = ["init", "data_dir", "steps", "batch_size", "lr", "muon_lr", "noise", "ratio_lr"]

@@ -21,7 +21,7 @@ def main() -> None:
     ema = {name: value if name == "ratios" else value.half() for name, value in model.state_dict().items()}
     if not all(value.isfinite().all() for value in ema.values()):
         raise InputError(f"{args.source} holds weights that are too large for half precision")
-    with tools.replacing(args.target) as file:
+    with tools.replace_file(args.target) as file:
         torch.save({name: checkpoint[name] for name in ("config", "prompts", "step", "made_by")} | {"ema": ema}, file)
     print(f"{args.target}: {args.target.stat().st_size / 1e6:.1f} MB, step {checkpoint['step']}")
 

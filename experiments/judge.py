@@ -113,8 +113,8 @@ def inpainting(model: DiT, judge: nn.Module, count: int, options: dict) -> tuple
         y, x = pixel[mask.any(dim=1)], pixel[mask.any(dim=0)]
         hole[i, 0, max(0, y[0] - 1) : y[-1] + 2, max(0, x[0] - 1) : x[-1] + 2] = 1
     other, options = [f"a {a} {b}" for a, b in (PAIRS * count)[: len(rows)]], options | {"known": known, "mask": hole}
-    drawn = common.to_float(tools.generate(model, other, 1, **options))
-    same = common.to_float(tools.generate(model, [captions[i] for i in rows], 1, **options))
+    drawn = common.to_float(tools.images_from_prompts(model, other, 1, **options))
+    same = common.to_float(tools.images_from_prompts(model, [captions[i] for i in rows], 1, **options))
     return followed(judge, drawn, other), (((same - known).square() * hole).sum() / (3 * hole.sum())).sqrt()
 
 
@@ -150,7 +150,7 @@ def main() -> None:
     for name, model in models.items():
         for kind in ("one object", "two objects"):
             prompts = prompts_of(args.num, kind == "two objects")
-            right = followed(judge, common.to_float(tools.generate(model, prompts, 0, **options)), prompts)
+            right = followed(judge, common.to_float(tools.images_from_prompts(model, prompts, 0, **options)), prompts)
             pairs = [(tuple(words[1:3]), tuple(words[-2:])) for words in map(str.split, prompts)]
             unseen = torch.tensor([a in HELD_OUT or b in HELD_OUT for a, b in pairs])
             for which, rows in (("seen", ~unseen), ("held-out", unseen)):

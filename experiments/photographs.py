@@ -133,7 +133,7 @@ def main() -> None:
             start = time.perf_counter()
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                 firsts, options = range(0, args.num, 50), {"steps": steps, "guidance": guidance}
-                parts = [tools.generate(model, prompts[i : i + 50], args.seed, i, **options) for i in firsts]
+                parts = [tools.images_from_prompts(model, prompts[i : i + 50], args.seed, i, **options) for i in firsts]
             how = options | {"seconds an image": (time.perf_counter() - start) / args.num}
             how["GFLOPs an image"] = tools.sampling_flops(model.config, model.ratios.detach(), **options) / 1e9
             note(str(path), np.concatenate(parts), **how)

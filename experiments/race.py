@@ -46,7 +46,7 @@ def table_of(name: str, model: DiT) -> torch.Tensor:
 def main() -> None:
     parser = tools.Parser(__doc__)
     parser.add_argument("tables", nargs="+")
-    parser.add_argument("--checkpoint", type=Path, default=tools.READY_MADE)
+    parser.add_argument("--checkpoint", type=Path, default=tools.DEFAULT_CHECKPOINT)
     parser.add_argument("--num", type=tools.number(int, ROUND, 10**6), default=96, help="prompts, rounded down to 32s")
     parser.add_argument("--steps", type=tools.number(int, 1, 1000), default=30)
     parser.add_argument("--guidance", type=tools.number(float, 0, 100), default=3.0)
@@ -60,12 +60,12 @@ def main() -> None:
     prompts = [p for pair in zip(prompts_of(num // 2, False), prompts_of(num // 2, True)) for p in pair]
 
     images, seconds = ({name: [] for name in tables} for _ in range(2))
-    tools.generate(model, prompts[:ROUND], 0, steps=1)  # warm up
+    tools.images_from_prompts(model, prompts[:ROUND], 0, steps=1)  # warm up
     for first in tqdm(range(0, num, ROUND), unit="round", disable=None):
         for name, ratios in tables.items():
             common.use(model, common.RandomLayer if name.partition(":")[0] == "random" else RoutedLayer)
             start, part = time.perf_counter(), prompts[first : first + ROUND]
-            images[name].append(tools.generate(model, part, 0, first, ratios=ratios, **options))
+            images[name].append(tools.images_from_prompts(model, part, 0, first, ratios=ratios, **options))
             seconds[name].append((time.perf_counter() - start) / ROUND)
 
     dense = tools.sampling_flops(config, 0 * model.ratios.detach(), **options)
@@ -80,7 +80,7 @@ def main() -> None:
         print(f"| {name} | {mean:.3f} | {saved:.1%} | {median:.3f} | {right:.1%} of {num} ± {100 * error:.1f} |")
         labels.append(f"{Path(name).name[:16]}\nratio {mean:.2f}, {median:.3f} s\n{right:.0%} right")
         columns.append([(drawn[i], prompts[i]) for i in range(0, num, num // 8 + 1)])  # in turn one object and two
-    with tools.replacing(args.out) as file:
+    with tools.replace_file(args.out) as file:
         tools.draw_grid(list(zip(*columns)), "Ratio tables raced", (), labels, 112, 3).save(file, "PNG")
     print(f"wrote {args.out}")
 

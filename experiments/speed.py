@@ -46,7 +46,7 @@ def random_model(config: Config, mode: str, device: torch.device) -> DiT:
 
 def learned_table(depth: int, mean: float) -> Tensor:
     """The ready-made shapes model's table in this many layers and STEPS columns, scaled to a mean."""
-    model, _ = tools.read_checkpoint(tools.READY_MADE)
+    model, _ = tools.read_checkpoint(tools.DEFAULT_CHECKPOINT)
     table = F.interpolate(model.ratios.detach()[None, None], (depth, STEPS), mode="area")[0, 0]
     # A cell that skips less than half a token where it was learned skips nothing; so it must be where tokens are more.
     nothing = common.scaled(table, mean) < 0.5 / model.config.tokens

@@ -45,7 +45,7 @@ def model_of(arm: str, device: torch.device) -> DiT:
         raise InputError(f"{arm!r} is not NAME=CHECKPOINT, with :cache, :weaker, :merging:, :pruning: or :scaled:RATIO")
     model, _ = tools.read_checkpoint(Path(path))
     if ratio:
-        with tools.complaining(f"the ratio of {arm!r}"):
+        with tools.input_errors(f"the ratio of {arm!r}"):
             mean = tools.number(float, 0, 0.98)(ratio)
         if kind == "scaled" and not model.ratios.any():
             raise InputError(f"{arm!r}: this model has no learned table to scale")
@@ -57,11 +57,11 @@ def model_of(arm: str, device: torch.device) -> DiT:
 
 
 def draw(model: DiT, prompts: list[str], first: int, args: argparse.Namespace, **options: float) -> np.ndarray:
-    """As tools.generate, in any layers and precision."""
+    """As tools.images_from_prompts, in any layers and precision."""
     for layer in model.layers:
         layer.calls = 0
     with torch.autocast(model.ratios.device.type, torch.bfloat16, enabled=args.amp):
-        return tools.generate(model, prompts, args.seed, first, **options)
+        return tools.images_from_prompts(model, prompts, args.seed, first, **options)
 
 
 def measure_of(args: argparse.Namespace, size: int, device: torch.device) -> tuple[Callable, Callable, bool]:

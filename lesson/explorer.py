@@ -66,7 +66,7 @@ def record(model: DiT, prompts: list[str], table: Tensor, chance: bool, seed: in
     for layer in model.layers if chance else []:
         layer.__class__ = DrawnLayer
         hooks.append(layer.register_forward_pre_hook(draw))
-    tools.generate(model, prompts, seed, ratios=table, hook=lambda _, x0: guess.append(tools.to_uint8(x0)), **options)
+    tools.images_from_prompts(model, prompts, seed, ratios=table, hook=lambda _, x0: guess.append(tools.to_uint8(x0)), **options)
     for hook in hooks:
         hook.remove()
     for layer in model.layers:
@@ -166,7 +166,7 @@ def main() -> None:
         raise InputError(
             f"the page would have {len(page) / 1e6:.1f} MB, at most {LARGEST / 1e6:g} may be; give fewer --prompts"
         )
-    with tools.replacing(args.out) as file:
+    with tools.replace_file(args.out) as file:
         file.write(page)
     print(f"wrote {args.out}, {len(page) / 1e6:.2f} MB")
 
