@@ -329,9 +329,12 @@ def _positions(side: int, dim: int) -> Tensor:
 # --- Diffusion: noise schedule, loss, sampler ------------------------------------------------------------------------
 
 
+LARGEST_ANGLE = math.acos(0.02)  # at t = 1 there is 2 % of the signal left: a sampler divides by a
+
+
 def schedule(t: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine noise schedule (a, s): x_t = a * x0 + s * eps. t = 1 leaves 2 % of the signal: a sampler divides by a."""
-    angle = t * math.acos(0.02)
+    """Cosine noise schedule (a, s): x_t = a * x0 + s * eps."""
+    angle = t * LARGEST_ANGLE
     return angle.cos(), angle.sin()
 
 

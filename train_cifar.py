@@ -2,432 +2,871 @@
 
     python train_cifar.py --dataset shapes --init assets/shapes_dense.pt   # the main job, minutes on two CPU cores
     python train_cifar.py                                                  # CIFAR-10, for a GPU
-    python train_cifar.py --dataset folder --data-dir pictures             # pictures/train/<class>/*.png or *.jpg
+    python train_cifar.py --dataset folder --data-dir pictures             # pictures/train/<class>/*.png, *.jpg, ...
     python train_cifar.py --dataset shapes --resume --steps 1500           # go on with a run, here for longer
 
 Leaves in a run folder (--out, default runs/DATASET): checkpoint.pt, metrics.jsonl, ratios.json (the learned table), and
 the pictures curves, ratios, samples and routing (which tokens a layer processed), renewed at each quarter of the run.
+
+From top to bottom: settings, data, model and optimizers, the loop, what is written, the command.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import copy
+import importlib.util
 import json
 import math
+import os
 import shlex
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace
 
-import sample as tools  # isort: skip (first: it prepares torch and diffratio_mod)
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # before torch: threads that wait soon sleep, so that others can work
 import numpy as np
 import torch
 import torchvision
 from PIL import Image, ImageDraw
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-import diffratio_mod as method
+from diffratio_mod import (
+    LARGEST_ANGLE,
+    MODES,
+    Config,
+    DiT,
+    InputError,
+    column_of,
+    diffusion_loss,
+    even_noise_levels,
+    ratio_loss,
+    schedule,
+)
+from sample import (
+    FONT,
+    INK,
+    PAPER,
+    SMALL_FONT,
+    Parser,
+    draw_ratios,
+    draw_routing,
+    draw_samples,
+    encode,
+    images_from_prompts,
+    input_errors,
+    number,
+    pick_device,
+    read_checkpoint,
+    read_picture,
+    replace_file,
+    run_command,
+    to_square,
+    words_of,
+)
 
 # --- Settings --------------------------------------------------------------------------------------------------------
 
-DATASETS = {"shapes": "", "cifar10": "CIFAR10", "cifar100": "CIFAR100"}  # and their names in torchvision
-DATASETS |= {"fashion_mnist": "FashionMNIST", "svhn": "SVHN", "folder": "ImageFolder"}
+TORCHVISION = {  # our names of data sets, and torchvision's
+    "cifar10": "CIFAR10",
+    "cifar100": "CIFAR100",
+    "fashion_mnist": "FashionMNIST",
+    "svhn": "SVHN",
+}
 NETWORK = ("image_size", "patch_size", "dim", "depth", "heads")  # taken from the checkpoint with --init
-MAY_CHANGE = ("out", "resume", "steps", "device", "data_dir", "log_every", "save_every", "compile")
+MAY_CHANGE = ("out", "resume", "steps", "device", "data_dir", "log_every", "save_every", "compile")  # with --resume
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The command line. A default that depends on other flags is None here, and filled in by `fill_defaults`."""
-    count, share = tools.number(int, 1, 10**9), tools.number(float, 0, 1)
-    parser = tools.Parser(__doc__)
+def make_parser() -> Parser:
+    """The command line. A default that depends on other flags is None here, and filled in by fill_defaults."""
+    count = number(int, 1, 10**9)
+    count_or_none = number(int, 0, 10**9)
+    share = number(float, 0, 1)
+    size = number(int, 1, 2048)
+    parser = Parser(__doc__)
     add = parser.add_argument_group("the run").add_argument
-    add("--dataset", choices=DATASETS, default="cifar10", help="what to train on (default cifar10)")
+    add("--dataset", choices=("shapes", *TORCHVISION, "folder"), default="cifar10", help="default cifar10")
     add("--data-dir", default="data", help="folder with the data set, or to download it to (default data)")
+    add("--no-flip", action="store_true", help="never mirror a picture, as for letters (digits never are)")
     add("--out", help="run folder (default runs/DATASET)")
     add("--init", help="start from the weights of this checkpoint")
     add("--resume", action="store_true", help="go on with the run in --out, for longer if --steps says so")
     add("--steps", type=count, help="in all (default 750 for shapes with --init, 3000 without; else 30000)")
-    add("--batch-size", type=tools.number(int, 1, 2**16), default=64, help="images a step (default 64)")
-    add("--seed", type=tools.number(int, 0, 10**9), default=0, help="of weights, data and noise (default 0)")
+    add("--batch-size", type=number(int, 1, 2**16), default=64, help="images a step (default 64)")
+    add("--seed", type=count_or_none, default=0, help="of weights, data and noise (default 0)")
     add("--log-every", type=count, default=20, help="steps between lines of metrics.jsonl (default 20)")
     add("--save-every", type=count, default=200, help="steps between checkpoints (default 200)")
     add("--device", default="auto", help="auto, cuda, mps or cpu (default auto)")
     add("--amp", action="store_true", help="run the network in bfloat16 (default off)")
     add("--compile", action="store_true", help="compile the loss; needs a C++ compiler (default off)")
     add = parser.add_argument_group("the method").add_argument
-    add("--mode", choices=method.MODES, default="layer-timestep", help="of the table (default layer-timestep)")
-    add("--target-ratio", type=tools.number(float, 0, 0.99), default=0.3, help="share that bypasses (default 0.3)")
-    add("--timestep-regions", type=tools.number(int, 1, 1000), default=10, help="columns of the table (default 10)")
-    add("--ratio-weight", type=tools.number(float, 0, 1e4), default=2.0, help="of the pull; 0: off (default 2)")
+    add("--mode", choices=MODES, default="layer-timestep", help="of the table (default layer-timestep)")
+    add("--target-ratio", type=number(float, 0, 0.99), default=0.3, help="share that bypasses (default 0.3)")
+    add("--timestep-regions", type=number(int, 1, 1000), default=10, help="columns of the table (default 10)")
+    add("--ratio-weight", type=number(float, 0, 1e4), default=2.0, help="of the pull; 0: off (default 2)")
     add("--ratio-lr", type=share, default=1e-2, help="learning rate of the ratios (default 0.01)")
-    add("--dense-steps", type=tools.number(int, 0, 10**9), help="first, without routing (default 60 %%; with --init 0)")
+    add("--dense-steps", type=count_or_none, help="first, without routing (default 60 %% of the steps; with --init 0)")
     add = parser.add_argument_group("the network and its training").add_argument
     add("--lr", type=share, help="peak, for AdamW (default 3e-3 * 128 / dim; a quarter of it with --init)")
     add("--muon-lr", type=share, help="peak, for the layers' matrices (default 0.01; a quarter of it with --init)")
-    noise = {"type": tools.number(float, -9, 9), "nargs": 2, "metavar": ("MEAN", "DEVIATION")}
-    add("--noise", **noise, help="of log(noise / signal) (default -1 1.2; shapes from nothing 0 1.6)")
-    for name, default in zip(NETWORK, ("32, shapes 24", "4, shapes 3", "128", "6", "4")):
-        add("--" + name.replace("_", "-"), type=tools.number(int, 1, 2048), help=f"default {default}")
+    add("--noise", type=number(float, -9, 9), nargs=2, metavar=("MEAN", "DEVIATION"),
+        help="of log(noise / signal) (default -1 1.2; shapes from nothing 0 1.6)")  # fmt: skip
+    add("--image-size", type=size, help="pixels (default 32, shapes 24; with --init as there, and so the next four)")
+    add("--patch-size", type=size, help="pixels (default 4, shapes 3)")
+    add("--dim", type=size, help="width (default 128)")
+    add("--depth", type=size, help="layers (default 6)")
+    add("--heads", type=size, help="of attention (default 4)")
     return parser
 
 
-def fill_defaults(s: argparse.Namespace) -> argparse.Namespace:
+def fill_defaults(given: argparse.Namespace) -> argparse.Namespace:
     """Fill in the defaults that depend on other settings. Raises InputError where settings do not fit together."""
-    late = dict(zip(NETWORK, (24, 3, 128, 6, 4) if s.dataset == "shapes" else (32, 4, 128, 6, 4)))
+    s = argparse.Namespace(**vars(given))
+    shapes = s.dataset == "shapes"
+
+    def default(name: str, value: object) -> None:
+        if getattr(s, name) is None:
+            setattr(s, name, value)
+
     if s.init:
-        source = tools.read_checkpoint(Path(s.init))[0].config
-        late = {name: getattr(source, name) for name in NETWORK}
-        if wrong := [name for name in NETWORK if getattr(s, name) not in (None, late[name])]:
-            raise method.InputError(f"--{wrong[0].replace('_', '-')} does not fit --init, which has {late[wrong[0]]}")
-    late["steps"], share = 30000 if s.dataset != "shapes" else 750 if s.init else 3000, 0.25 if s.init else 1.0
-    late |= {"lr": share * 3e-3 * 128 / (s.dim or late["dim"]), "muon_lr": share * 0.01}
-    late["noise"] = [-1.0, 1.2] if s.init or s.dataset != "shapes" else [0.0, 1.6]  # much noise teaches layout
-    late["dense_steps"] = 0 if s.init else round(0.6 * (s.steps or late["steps"]))
-    s = argparse.Namespace(**vars(s) | {name: value for name, value in late.items() if getattr(s, name) is None})
-    method.Config(("word",), *map(vars(s).get, NETWORK), 8, s.mode, s.timestep_regions)  # refuses bad sizes at once
+        source = read_checkpoint(Path(s.init))[0].config
+        for name in NETWORK:
+            default(name, getattr(source, name))
+            if getattr(s, name) != getattr(source, name):
+                flag = "--" + name.replace("_", "-")
+                raise InputError(f"{flag} does not fit --init, which has {getattr(source, name)}")
+    default("image_size", 24 if shapes else 32)
+    default("patch_size", 3 if shapes else 4)
+    default("dim", 128)
+    default("depth", 6)
+    default("heads", 4)
+    Config(("word",), **network_of(s))  # refuses bad sizes at once
+
+    if not shapes:
+        default("steps", 30_000)
+    default("steps", 750 if s.init else 3000)
+    default("dense_steps", 0 if s.init else round(0.6 * s.steps))
+    peak = 0.25 if s.init else 1.0  # a trained network is changed more gently
+    default("lr", peak * 3e-3 * 128 / s.dim)
+    default("muon_lr", peak * 0.01)
+    if shapes and not s.init:
+        default("noise", [0.0, 1.6])  # much noise teaches layout
+    default("noise", [-1.0, 1.2])
     return s
 
 
-# --- Data: a vocabulary, a caption_length, prompts to show, and batches of images and captions -----------------------
+def network_of(s: argparse.Namespace) -> dict:
+    """What the settings say of a Config."""
+    sizes = {name: getattr(s, name) for name in NETWORK}
+    return sizes | {"mode": s.mode, "regions": s.timestep_regions}
 
-# RGB in [0, 1], far from each other in hue; backgrounds are nearly grey, so that a hue means an object.
-COLOURS = {"red": (0.90, 0.15, 0.15), "yellow": (0.95, 0.85, 0.10), "green": (0.15, 0.70, 0.20)}
-COLOURS |= {"cyan": (0.10, 0.80, 0.85), "blue": (0.15, 0.25, 0.90), "purple": (0.65, 0.20, 0.80)}
-SHAPES, RELATIONS = ("circle", "square", "triangle", "cross"), ("above", "below", "left of", "right of")
+
+# --- Data: images, captions, a vocabulary, and prompts to show -------------------------------------------------------
+
+COLOURS = {  # RGB in [0, 1], far from each other in hue; backgrounds are nearly grey, so that a hue means an object
+    "red": (0.90, 0.15, 0.15),
+    "yellow": (0.95, 0.85, 0.10),
+    "green": (0.15, 0.70, 0.20),
+    "cyan": (0.10, 0.80, 0.85),
+    "blue": (0.15, 0.25, 0.90),
+    "purple": (0.65, 0.20, 0.80),
+}
+SHAPES = ("circle", "square", "triangle", "cross")
+RELATIONS = ("above", "below", "left of", "right of")
 HELD_OUT = (("purple", "circle"), ("green", "square"), ("yellow", "triangle"), ("blue", "cross"))  # never trained on
+PROMPTS = (
+    "a red circle",
+    "a yellow square",
+    "a green triangle",
+    "a cyan cross",
+    "a blue circle",
+    "a purple square",
+    "a red triangle",
+    "a blue cross",
+    "a red circle above a blue cross",
+    "a yellow square below a green cross",
+    "a green triangle left of a purple circle",
+    "a cyan cross right of a red circle",
+    "a blue circle above a blue square",
+    "a purple square below a green square",
+    "a red triangle left of a purple triangle",
+    "a blue cross right of a red triangle",
+)
 
 
 class Shapes:
     """Coloured shapes, made on the fly: one, or two in a relation. pairs: "seen" in training, "held-out" or "all"."""
 
-    def __init__(self, image_size: int = 32, pairs: str = "seen") -> None:
-        held_out = {"seen": (False,), "held-out": (True,), "all": (False, True)}[pairs]
-        self.pairs = [(a, b) for a in COLOURS for b in SHAPES if ((a, b) in HELD_OUT) in held_out]
-        self.image_size, self.caption_length = image_size, 8
-        self.vocabulary = tuple(dict.fromkeys(["a", *COLOURS, *SHAPES, *" ".join(RELATIONS).split()]))
-        two = enumerate(zip([*COLOURS, "red", "blue"], ["blue", "green", "purple", "red"] * 2))
-        self.prompts = [f"a {colour} {shape}" for colour, shape in zip([*COLOURS, "red", "blue"], SHAPES * 2)]
-        self.prompts += [f"a {a} {SHAPES[i % 4]} {RELATIONS[i % 4]} a {b} {SHAPES[i // 2 - 1]}" for i, (a, b) in two]
+    caption_length = 8
+    prompts = PROMPTS
+    vocabulary = tuple(dict.fromkeys(["a", *COLOURS, *SHAPES, *" ".join(RELATIONS).split()]))  # each word once
+    size = None  # without an end
 
-    def batch(self, count: int, rng: torch.Generator) -> tuple[torch.Tensor, list[str], torch.Tensor]:
+    def __init__(self, image_size: int = 32, pairs: str = "seen") -> None:
+        self.image_size = image_size
+        self.pairs = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+        if pairs == "seen":
+            self.pairs = [pair for pair in self.pairs if pair not in HELD_OUT]
+        if pairs == "held-out":
+            self.pairs = [pair for pair in self.pairs if pair in HELD_OUT]
+
+    def batch(self, count: int, rng: torch.Generator) -> tuple[Tensor, list[str], Tensor]:
         """Images (count, 3, S, S) in [-1, 1], captions, object masks (count, 2, S, S); four in ten have one object."""
-        S, unit = self.image_size, self.image_size / 32
-        pair = torch.randint(len(self.pairs), (count, 2), generator=rng)
-        relation = torch.randint(4, (count,), generator=rng)
+        S = self.image_size
+        pair = torch.randint(len(self.pairs), (count, 2), generator=rng)  # of each object
+        relation = torch.randint(4, (count, 1), generator=rng)
         two = torch.rand(count, 1, generator=rng) < 0.6
-        # One object lies near the middle; two lie in different halves, the first before the second along the axis of
-        # the relation ("above", "left of") or after it ("below", "right of"). All are (count, 2 objects).
-        small, large, along, across, alone = torch.rand(5, count, 2, generator=rng)
-        radius = unit * torch.where(two, 5.5 + 1.5 * small, 8 + 3 * large)
-        order = (2.0 * (relation[:, None] % 2) - 1) * torch.tensor([1.0, -1.0])
-        along, across = S / 2 + unit * (8 * order + (2 * along - 1)), S / 2 + unit * (8 * across - 4)
-        centre = torch.stack([along, across], dim=2)  # (count, 2, x and y)
-        centre = torch.where((relation < 2)[:, None, None], centre.flip(2), centre)
-        centre[:, 0] = torch.where(two, centre[:, 0], S / 2 + unit * (8 * alone - 4))
-        masks = draw_shapes(torch.tensor([SHAPES.index(shape) for _, shape in self.pairs])[pair], centre, radius, S)
+        centre, radius = self.places(relation, two, rng)
+        shape = torch.tensor([SHAPES.index(shape) for _, shape in self.pairs])[pair]  # (count, 2)
+        masks = draw_shapes(shape, centre, radius, S)
         masks[:, 1] *= two[:, None]
 
-        # Backgrounds: nearly grey gradients in all directions, (count, 3, S, S).
-        x, angle = torch.linspace(-0.5, 0.5, S), 2 * torch.pi * torch.rand(count, 1, 1, 1, generator=rng)
-        ends = 0.1 + 0.8 * torch.rand(2, count, 1, 1, 1, generator=rng)
-        ends = ends + 0.03 * torch.randn(2, count, 3, 1, 1, generator=rng)
-        image = torch.lerp(ends[0], ends[1], 0.5 + angle.cos() * x + angle.sin() * x[:, None]).clamp(0, 1)
-        colour = torch.tensor([COLOURS[name] for name, _ in self.pairs])[pair]
+        image = self.backgrounds(count, rng)
+        colour = torch.tensor([COLOURS[colour] for colour, _ in self.pairs])[pair]
         colour = (colour + 0.05 * torch.randn(count, 2, 3, generator=rng)).clamp(0, 1)
         for i in range(2):
             image = torch.lerp(image, colour[:, i, :, None, None], masks[:, i, None])
-        told = [f"a {colour} {shape}" for colour, shape in self.pairs]
-        rows = zip(pair.tolist(), relation.tolist(), two.flatten().tolist())
-        return image * 2 - 1, [told[i] + f" {RELATIONS[r]} {told[j]}" * both for (i, j), r, both in rows], masks
+
+        captions = []
+        for (i, j), which, has_two in zip(pair.tolist(), relation.flatten().tolist(), two.flatten().tolist()):
+            caption = "a {} {}".format(*self.pairs[i])
+            if has_two:
+                caption += f" {RELATIONS[which]} " + "a {} {}".format(*self.pairs[j])
+            captions.append(caption)
+        return image * 2 - 1, captions, masks
+
+    def places(self, relation: Tensor, two: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Where the objects lie: centres (count, 2 objects, x and y) and radii (count, 2), in pixels.
+
+        One object lies near the middle. Two lie in different halves, the first before the second along the axis of
+        their relation ("above", "left of"), or after it ("below", "right of"). relation, two: (count, 1).
+        """
+        unit = self.image_size / 32
+        middle = self.image_size / 2
+        small, large, along, across, alone = torch.rand(5, len(two), 2, generator=rng)  # (count, 2) each
+        radius = unit * torch.where(two, 5.5 + 1.5 * small, 8 + 3 * large)
+
+        first_comes_first = (relation == 0) | (relation == 2)  # (count, 1)
+        half = torch.where(first_comes_first, torch.tensor([-1.0, 1.0]), torch.tensor([1.0, -1.0]))  # of each object
+        on_axis = middle + unit * (8 * half + (2 * along - 1))  # the axis of the relation
+        off_axis = middle + unit * (8 * across - 4)
+        vertical = relation[:, :, None] < 2
+        two_objects = torch.where(
+            vertical, torch.stack([off_axis, on_axis], dim=2), torch.stack([on_axis, off_axis], dim=2)
+        )
+        one_object = middle + unit * (8 * alone - 4)  # (count, x and y); the second object is not drawn
+        centre = torch.where(two[:, :, None], two_objects, one_object[:, None])
+        return centre, radius
+
+    def backgrounds(self, count: int, rng: torch.Generator) -> Tensor:
+        """Nearly grey gradients in all directions: (count, 3, S, S) in [0, 1]."""
+        x = torch.linspace(-0.5, 0.5, self.image_size)
+        angle = 2 * torch.pi * torch.rand(count, 1, 1, 1, generator=rng)
+        grey = 0.1 + 0.8 * torch.rand(2, count, 1, 1, 1, generator=rng)
+        start, end = grey + 0.03 * torch.randn(2, count, 3, 1, 1, generator=rng)
+        return torch.lerp(start, end, 0.5 + angle.cos() * x + angle.sin() * x[:, None]).clamp(0, 1)
 
 
-def draw_shapes(shape: torch.Tensor, centre: torch.Tensor, radius: torch.Tensor, size: int) -> torch.Tensor:
+def draw_shapes(shape: Tensor, centre: Tensor, radius: Tensor, size: int) -> Tensor:
     """Anti-aliased masks (..., size, size) of shapes (...), indices into SHAPES, with centres (..., 2), x and y."""
-    grid, r = torch.arange(size) + 0.5, radius[..., None, None]
-    x, y = grid - centre[..., 0, None, None], grid[:, None] - centre[..., 1, None, None]
+    grid = torch.arange(size) + 0.5
+    x = grid - centre[..., 0, None, None]
+    y = grid[:, None] - centre[..., 1, None, None]
+    r = radius[..., None, None]
+    # Signed distances in pixels, negative inside: an intersection is a maximum, a union a minimum.
     circle = (x**2 + y**2).sqrt() - r
     square = torch.maximum(x.abs(), y.abs()) - 0.86 * r
     triangle = torch.maximum(y - 0.75 * r, 0.866 * x.abs() - 0.5 * y - 0.5 * r)  # points up
-    upright, flat = torch.maximum(x.abs() - 0.34 * r, y.abs() - r), torch.maximum(x.abs() - r, y.abs() - 0.34 * r)
-    distance = torch.stack([circle, square, triangle, torch.minimum(upright, flat)])  # in pixels, signed
-    distance = distance.gather(0, shape[None, ..., None, None].expand(1, *distance.shape[1:]))
-    return (0.5 - distance[0]).clamp(0, 1)
+    upright_bar = torch.maximum(x.abs() - 0.34 * r, y.abs() - r)
+    flat_bar = torch.maximum(x.abs() - r, y.abs() - 0.34 * r)
+    distances = torch.stack([circle, square, triangle, torch.minimum(upright_bar, flat_bar)])  # in the order of SHAPES
+    distance = distances.gather(0, shape[None, ..., None, None].expand_as(distances[:1]))[0]
+    return (0.5 - distance).clamp(0, 1)
 
 
 class Pictures:
     """Images (count, S, S, 3), uint8, captioned "a photo of a CLASS"; flip: mirrored ones are as good."""
 
     def __init__(self, images: np.ndarray, labels: Sequence[int], classes: Sequence[str], flip: bool) -> None:
-        self.images, self.labels, self.flip = torch.from_numpy(images).permute(0, 3, 1, 2), labels, flip
-        self.captions = ["a photo of a " + " ".join(name.lower().replace("_", " ").split()) for name in classes]
-        self.vocabulary = tuple(dict.fromkeys(" ".join(self.captions).split()))
+        self.images = torch.from_numpy(images).permute(0, 3, 1, 2)
+        self.labels = labels
+        self.flip = flip
+        self.size = len(images)
+        self.captions = ["a photo of a " + " ".join(words_of(name.replace("_", " "))) for name in classes]
+        self.vocabulary = tuple(dict.fromkeys(" ".join(self.captions).split()))  # each word once
         self.caption_length = max(8, max(len(caption.split()) for caption in self.captions))
-        self.prompts = (self.captions * 16)[: max(16, min(len(classes), 32))]
+        shown = max(16, min(len(classes), 32))
+        self.prompts = (self.captions * 16)[:shown]
 
-    def batch(self, count: int, rng: torch.Generator) -> tuple[torch.Tensor, list[str], None]:
+    def batch(self, count: int, rng: torch.Generator) -> tuple[Tensor, list[str], None]:
         """Images (count, 3, S, S) in [-1, 1] drawn with replacement, their captions, and no object masks."""
         rows = torch.randint(len(self.images), (count,), generator=rng)
         images = self.images[rows].float() / 127.5 - 1
-        mirrored = (torch.rand(count, 1, 1, 1, generator=rng) < 0.5) & self.flip
-        captions = [self.captions[self.labels[row]] for row in rows.tolist()]
-        return torch.where(mirrored, images.flip(3), images), captions, None
+        mirrored = torch.rand(count, 1, 1, 1, generator=rng) < 0.5
+        if self.flip:
+            images = torch.where(mirrored, images.flip(3), images)
+        return images, [self.captions[self.labels[row]] for row in rows.tolist()], None
 
 
 def load_data(s: argparse.Namespace, part: str = "train") -> Shapes | Pictures:
-    """The data set of the settings dataset, data_dir, image_size. part: "train", mirrored but for digits, or "test"."""
+    """The data set of the settings dataset, data_dir, image_size, no_flip. part: "train" or "test".
+
+    Only training pictures are mirrored, and no digits. Raises InputError if the data are not there, or not readable.
+    """
+    flip = part == "train" and s.dataset != "svhn" and not s.no_flip
     if s.dataset == "shapes":
         return Shapes(s.image_size)
-    folder, needs = f"{s.data_dir}/{part}", "shapes needs no data, folder needs pictures in"
-    with tools.input_errors(f"no --dataset {s.dataset} in --data-dir {s.data_dir} ({needs} {folder}/<class>/)"):
-        root, how = folder, {"loader": lambda path: tools.input_errors(path)(Image.open(path).convert)("RGB")}
-        if s.dataset != "folder":
-            how = {"download": True} | ({"split": part} if s.dataset == "svhn" else {"train": part == "train"})
-            root = s.data_dir
-        how["transform"] = lambda image: np.array(image.convert("RGB").resize((s.image_size, s.image_size)))
-        data = getattr(torchvision.datasets, DATASETS[s.dataset])(root, **how)
-        (images, labels), flip = zip(*data), part == "train" and s.dataset != "svhn"
-    return Pictures(np.stack(images), labels, getattr(data, "classes", "0123456789"), flip)
+    if s.dataset == "folder":
+        return load_folder(Path(s.data_dir), part, s.image_size, flip)
+
+    if s.dataset == "svhn" and importlib.util.find_spec("scipy") is None:
+        raise InputError("--dataset svhn needs one more package: pip install scipy")
+    half = {"split": part} if s.dataset == "svhn" else {"train": part == "train"}
+    with input_errors(f"no --dataset {s.dataset} in --data-dir {s.data_dir}, and no download (shapes needs no data)"):
+        dataset = getattr(torchvision.datasets, TORCHVISION[s.dataset])(s.data_dir, download=True, **half)
+        images = np.stack([to_square(image, s.image_size) for image, _ in dataset])
+    labels = [label for _, label in dataset]
+    classes = "0123456789" if s.dataset == "svhn" else dataset.classes
+    return Pictures(images, labels, classes, flip)
 
 
-def random_masks(count: int, size: int, rng: torch.Generator) -> torch.Tensor:
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".gif", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
+
+
+def load_folder(data_dir: Path, part: str, size: int, flip: bool) -> Pictures:
+    """The pictures in DATA_DIR/PART/<class>/, at any depth. Prints what was found, and what was left out."""
+    folder = data_dir / part
+    by_class, left_out = find_pictures(folder)
+    paths = [path for paths in by_class.values() for path in paths]
+    found = f"{folder}: {len(paths)} pictures in {len(by_class)} classes"
+    if left_out:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in left_out.most_common(8))
+        found += f"; left out: {kinds}"
+    if not paths:
+        wanted = f"they belong in {folder}/<class>/ and end in {' '.join(PICTURE_SUFFIXES)}"
+        raise InputError(f"no pictures for --dataset folder in --data-dir {data_dir}; {wanted}; {found}")
+    print(found, file=sys.stderr)
+    images = np.stack([read_picture(path, size) for path in tqdm(paths, "reading", unit="picture", disable=None)])
+    labels = [label for label, paths in enumerate(by_class.values()) for _ in paths]
+    return Pictures(images, labels, list(by_class), flip)
+
+
+def find_pictures(folder: Path) -> tuple[dict[str, list[Path]], collections.Counter]:
+    """The picture files of each class folder, in order, and how many other files of each kind there are."""
+    by_class: dict[str, list[Path]] = {}
+    left_out: collections.Counter = collections.Counter()
+    for where, _, names in sorted(os.walk(folder, followlinks=True)):
+        place = Path(where).relative_to(folder).parts  # the class, and the folders in it
+        if any(hidden(part) for part in place):
+            continue
+        if place:
+            by_class.setdefault(place[0], [])
+        for name in sorted(names):
+            suffix = Path(name).suffix.lower()
+            if hidden(name):
+                continue
+            if suffix not in PICTURE_SUFFIXES:
+                left_out[suffix or "without a suffix"] += 1
+            elif not place:
+                left_out["outside of the class folders"] += 1
+            else:
+                by_class[place[0]].append(Path(where) / name)
+    for name in [name for name, paths in by_class.items() if not paths]:
+        del by_class[name]
+        left_out["class without pictures"] += 1
+    return by_class, left_out
+
+
+def hidden(name: str) -> bool:
+    """Whether a file or folder is what a system or an editor put there: .DS_Store, ._a.png, .ipynb_checkpoints."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def random_masks(count: int, size: int, rng: torch.Generator) -> Tensor:
     """Masks for inpainting (count, 1, S, S), 1 = generate: a random box for one image in four, else all ones."""
-    corner = torch.rand(count, 2, generator=rng) * 0.75
-    end = corner + 0.25 + (0.75 - corner) * torch.rand(count, 2, generator=rng)  # sides of a quarter to the whole
+    start = 0.75 * torch.rand(count, 2, generator=rng)  # of the box, down and across, as shares of the side
+    end = start + 0.25 + (0.75 - start) * torch.rand(count, 2, generator=rng)  # sides of a quarter to the whole
     grid = (torch.arange(size) + 0.5) / size
-    inside = (grid >= corner[..., None]) & (grid < end[..., None])  # (count, 2, S)
-    box = (inside[:, 0, :, None] & inside[:, 1, None, :])[:, None]
-    return (box | (torch.rand(count, 1, 1, 1, generator=rng) < 0.75)).float()
+    inside = (grid >= start[..., None]) & (grid < end[..., None])  # (count, 2, S)
+    box = inside[:, 0, :, None] & inside[:, 1, None, :]  # (count, S, S)
+    everywhere = torch.rand(count, 1, 1, 1, generator=rng) < 0.75
+    return (box[:, None] | everywhere).float()
 
 
-# --- Model, optimizer, and the loop ----------------------------------------------------------------------------------
+# --- Model and optimizers --------------------------------------------------------------------------------------------
 
 
-def train(s: argparse.Namespace, checkpoint: dict | None = None) -> Iterator[SimpleNamespace]:
-    """Train; yields the run before the first step and after each. checkpoint: of a run that is to go on.
+@dataclass
+class Run:
+    """The state of a training run; a checkpoint holds all of it but the data."""
 
-    Randomness comes from seed and step, so a resumed run draws what an unbroken one would. Nothing is read back here.
-    """
-    device, data = tools.pick_device(s.device), load_data(s)
+    settings: argparse.Namespace  # all filled in
+    data: Shapes | Pictures
+    model: DiT  # what is trained
+    ema: DiT  # its average over the last steps, which samples
+    adamw: torch.optim.AdamW
+    muon: torch.optim.Muon
+    # Sums since the last line of metrics. They stay on the device: to read them makes a GPU wait.
+    loss_sums: Tensor  # (R,), of the losses of the images, by timestep region
+    image_counts: Tensor  # (R,)
+    norm_sum: Tensor  # (), of the gradient norms of the steps
+    step: int = 0  # steps done
+    seconds: float = 0.0  # spent in them
+    metrics: list[dict] = field(default_factory=list)  # the lines of metrics.jsonl
+    made_by: list[dict] = field(default_factory=list)  # the commands, with the version of PyTorch
+
+
+def start_run(s: argparse.Namespace) -> Run:
+    """A run with random weights, before its first step."""
+    device = pick_device(s.device)
+    data = load_data(s)
     torch.manual_seed(s.seed)
-    config = method.Config(data.vocabulary, *map(vars(s).get, NETWORK), data.caption_length, s.mode, s.timestep_regions)
-    model = method.DiT(config).to(device)
-    if s.init and not checkpoint:
-        source, unfit = tools.read_checkpoint(Path(s.init))[0], []
-        if (source.config.mode, source.config.regions) != (s.mode, s.timestep_regions):
-            unfit = ["ratios"]
-            if source.config.mode != "dense":
-                print(f"{s.init} has another kind of table: not taken, the ratios start at zero", file=sys.stderr)
-        if replace(source.config, mode=s.mode, regions=s.timestep_regions) != model.config:
-            print(f"{s.init} knows other captions: its words are not taken, but start anew", file=sys.stderr)
-            unfit += ["embed_word.weight", "word_positions"]
-        model.load_state_dict({k: v for k, v in source.state_dict().items() if k not in unfit}, strict=False)
-    ema = copy.deepcopy(model).eval()  # the averaged model, which samples
+    model = DiT(Config(data.vocabulary, caption_length=data.caption_length, **network_of(s))).to(device)
+    ema = copy.deepcopy(model).eval()
+
     # Muon (Jordan et al. 2024) makes each update orthogonal, which suits the layers' matrices. AdamW takes the rest;
     # the ratios have a learning rate of their own, and no weight decay: they should not drift to zero.
-    weights = {name: p for name, p in model.named_parameters() if name != "ratios"}
-    matrices = {name: p for name, p in weights.items() if ".layer." in name and name.endswith("weight")}
-    others = [p for name, p in weights.items() if name not in matrices]
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        if ".layer." in name and name.endswith("weight"):
+            matrices.append(parameter)
+        elif name != "ratios":
+            others.append(parameter)
     groups = [{"params": others, "peak": s.lr}, {"params": [model.ratios], "peak": s.ratio_lr, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.99), weight_decay=0.01)
-    muon = torch.optim.Muon([{"params": [*matrices.values()], "peak": s.muon_lr}], lr=0.0, weight_decay=0.0)
-    # Since the last line of metrics: loss and images of each region; in the last column, gradient norm and steps.
-    sums = torch.zeros(2, s.timestep_regions + 1, device=device)
-    run = SimpleNamespace(settings=s, data=data, model=model, ema=ema, adamw=adamw, muon=muon, sums=sums)
-    run.step, run.seconds, run.metrics, run.made_by = 0, 0.0, [], []
+    muon = torch.optim.Muon([{"params": matrices, "peak": s.muon_lr}], lr=0.0, weight_decay=0.0)
+    none = torch.zeros(s.timestep_regions, device=device)
+    run = Run(s, data, model, ema, adamw, muon, none.clone(), none.clone(), torch.zeros((), device=device))
+    run.made_by = [{"command": command_line(sys.argv), "torch": str(torch.__version__)}]
+    return run
+
+
+def take_weights(run: Run, init: str) -> None:
+    """Start from the averaged weights of a checkpoint, as far as they mean the same here; prints what does not."""
+    source = read_checkpoint(Path(init))[0]
+    own, other = run.model.config, source.config
+    unfit = []
+    if (own.mode, own.regions) != (other.mode, other.regions):
+        unfit.append("ratios")
+        if other.mode != "dense":
+            print(f"{init} has another kind of table: not taken, the ratios start at zero", file=sys.stderr)
+    if (own.vocabulary, own.caption_length) != (other.vocabulary, other.caption_length):
+        unfit += ["embed_word.weight", "word_positions"]
+        print(f"{init} knows other captions: its words are not taken, but start anew", file=sys.stderr)
+    weights = {name: value for name, value in source.state_dict().items() if name not in unfit}
+    run.model.load_state_dict(weights, strict=False)
+    run.ema.load_state_dict(run.model.state_dict())
+
+
+def restore(run: Run, checkpoint: dict) -> None:
+    """Bring a run to where a checkpoint left it. Raises InputError if that was of other data or another network."""
+    with input_errors("the run cannot go on, its data or checkpoint is another"):
+        if checkpoint["config"] != asdict(run.model.config):
+            raise InputError("the words or sizes differ")
+        pictures = checkpoint.get("pictures", run.data.size)
+        if pictures != run.data.size:
+            raise InputError(f"it began with {pictures} pictures, now there are {run.data.size}")
+        run.model.load_state_dict(checkpoint["model"])
+        run.ema.load_state_dict(checkpoint["ema"])
+        run.adamw.load_state_dict(checkpoint["adamw"])
+        run.muon.load_state_dict(checkpoint["muon"])
+        run.loss_sums.copy_(checkpoint["sums"][0, :-1])
+        run.image_counts.copy_(checkpoint["sums"][1, :-1])
+        run.norm_sum.copy_(checkpoint["sums"][0, -1])
+        run.step = checkpoint["step"]
+        run.seconds = checkpoint["seconds"]
+        run.metrics = checkpoint["metrics"]
+        run.made_by = checkpoint["made_by"] + run.made_by
+
+
+# --- The loop --------------------------------------------------------------------------------------------------------
+
+
+def train(s: argparse.Namespace, checkpoint: dict | None = None) -> Iterator[Run]:
+    """Train; yields the run before the first step and after each. checkpoint: of a run that is to go on.
+
+    Randomness comes from seed and step, so a resumed run draws what an unbroken one would. Nothing is read back from
+    the device here.
+    """
+    run = start_run(s)
     if checkpoint:
-        with tools.input_errors("the run cannot go on, its data or checkpoint is another"):
-            if checkpoint["config"] != asdict(config):
-                raise method.InputError("the words or sizes differ")
-            for name in ("model", "ema", "adamw", "muon"):
-                vars(run)[name].load_state_dict(checkpoint[name])
-            sums.copy_(checkpoint["sums"])
-            vars(run).update({name: checkpoint[name] for name in ("step", "seconds", "metrics", "made_by")})
-    run.made_by = [*run.made_by, {"command": shlex.join(["python", *sys.argv]), "torch": str(torch.__version__)}]
-    compiling = tools.input_errors("--compile failed; is there a C++ compiler, as g++?")
-    run.loss_of = method.diffusion_loss
+        restore(run, checkpoint)
+    elif s.init:
+        take_weights(run, s.init)
     yield run
-    loss_of = compiling(torch.compile(run.loss_of, fullgraph=True)) if s.compile else run.loss_of
 
+    loss_of = diffusion_loss
+    if s.compile:
+        if not (os.environ.get("CXX") or any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl"))):
+            raise InputError("--compile needs a C++ compiler, as g++; install one, or leave the flag out")
+        loss_of = torch.compile(diffusion_loss, fullgraph=True)
     while run.step < s.steps:
-        began, rng = time.perf_counter(), torch.Generator().manual_seed(s.seed * 1_000_000_007 + run.step)
-        images, captions, _ = data.batch(s.batch_size, rng)
-        words = tools.encode(model.config, captions)
-        words[torch.rand(s.batch_size, generator=rng) < 0.1] = 0  # the null caption, for classifier-free guidance
-        mask = random_masks(s.batch_size, s.image_size, rng)
-        # log(noise / signal) is normal (Karras et al. 2022), so most images are rather clean: there the details are
-        # decided that an eye sees first. Stratified, and turned into t as in `schedule`.
-        normal = torch.special.ndtri(method.even_noise_levels(s.batch_size, rng))
-        t = ((s.noise[0] + s.noise[1] * normal).exp().atan() / math.acos(0.02)).clamp(1e-3, 1)
-        noise = torch.randn(images.shape, generator=rng)
-        images, words, mask, t, noise = (z.to(device) for z in (images, words, mask, t, noise))
-
-        routed = run.step >= s.dense_steps and s.mode != "dense"
-        if routed and s.mode == "uniform":
-            model.ratios.data.fill_(s.target_ratio)
-        # In bfloat16, a CPU's fused attention is slow backwards.
-        plain = sdpa_kernel(SDPBackend.MATH) if s.amp and device.type == "cpu" else contextlib.nullcontext()
-        with plain, torch.autocast(device.type, torch.bfloat16, enabled=s.amp):
-            losses = loss_of(model, images, words, mask, t, noise, routed)  # (B,)
-        losses = losses / method.schedule(t)[0] ** 2  # to v: see diffusion_loss
-        loss = losses.mean()
-        if routed and model.ratios.requires_grad:
-            loss = loss + s.ratio_weight * method.ratio_loss(model.ratios, s.target_ratio)
-        model.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
-        # A short warm-up, a plateau, and a linear decay over the last 40 % of the steps.
-        rising, falling = (run.step + 1) / min(100, 0.1 * s.steps + 1), (s.steps - run.step) / (0.4 * s.steps)
-        for group in adamw.param_groups + muon.param_groups:
-            group["lr"] = group["peak"] * min(1.0, rising, falling)
-        adamw.step()
-        muon.step()
-        model.clamp_ratios()
-
-        with torch.no_grad():
-            # Averaged over about the last tenth of the run, at most 2,000 steps; the ratios are not: the weights fit k.
-            decay = min(0.9995, run.step / (run.step + 9))
-            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
-            ema.ratios.copy_(model.ratios)
-            counted = torch.stack([losses.detach().float(), torch.ones_like(t)])
-            counted = torch.zeros_like(sums).index_add_(1, method.column_of(t, s.timestep_regions), counted)
-            counted[:, -1] = torch.stack([norm, torch.ones_like(norm)])
-            sums += torch.where(sums.isfinite().all(), counted, 0.0)  # so the first that was not finite stays visible
-        run.step, run.seconds = run.step + 1, run.seconds + time.perf_counter() - began
+        start = time.perf_counter()
+        training_step(run, loss_of)
+        run.step += 1
+        run.seconds += time.perf_counter() - start
         yield run
+
+
+def training_batch(run: Run) -> tuple[Tensor, ...]:
+    """What diffusion_loss takes, for the step that comes: images, words, mask, t and noise, on the device."""
+    s = run.settings
+    rng = torch.Generator().manual_seed(s.seed * 1_000_000_007 + run.step)
+    images, captions, _ = run.data.batch(s.batch_size, rng)
+    words = encode(run.model.config, captions)
+    words[torch.rand(s.batch_size, generator=rng) < 0.1] = 0  # the null caption, for classifier-free guidance
+    mask = random_masks(s.batch_size, s.image_size, rng)
+    t = random_noise_levels(s.batch_size, *s.noise, rng)
+    noise = torch.randn(images.shape, generator=rng)
+    return tuple(z.to(run.model.ratios.device) for z in (images, words, mask, t, noise))
+
+
+def random_noise_levels(count: int, mean: float, deviation: float, rng: torch.Generator) -> Tensor:
+    """Noise levels t (count,) in (0, 1] whose log(noise / signal) is normal (Karras et al. 2022), ascending, stratified.
+
+    So most images are rather clean: there the details are decided that an eye sees first.
+    """
+    normal = torch.special.ndtri(even_noise_levels(count, rng))
+    noise_over_signal = (mean + deviation * normal).exp()
+    return (noise_over_signal.atan() / LARGEST_ANGLE).clamp(1e-3, 1)  # the inverse of `schedule`
+
+
+def training_step(run: Run, loss_of) -> None:
+    """One step of both optimizers, of the average, and of the sums for the metrics."""
+    s, model = run.settings, run.model
+    images, words, mask, t, noise = training_batch(run)
+    routed = run.step >= s.dense_steps and s.mode != "dense"
+    if routed and s.mode == "uniform":
+        model.ratios.data.fill_(s.target_ratio)
+
+    attention = contextlib.nullcontext()
+    if s.amp and t.device.type == "cpu":
+        attention = sdpa_kernel(SDPBackend.MATH)  # in bfloat16, a CPU's fused attention is slow backwards
+    with attention, torch.autocast(t.device.type, torch.bfloat16, enabled=s.amp):
+        losses = loss_of(model, images, words, mask, t, noise, routed)  # (B,)
+    losses = losses / schedule(t)[0] ** 2  # to v: see diffusion_loss
+    loss = losses.mean()
+    if routed and model.ratios.requires_grad:
+        loss = loss + s.ratio_weight * ratio_loss(model.ratios, s.target_ratio)
+
+    model.zero_grad()
+    loss.backward()
+    weights = [parameter for name, parameter in model.named_parameters() if name != "ratios"]
+    norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
+    for group in run.adamw.param_groups + run.muon.param_groups:
+        group["lr"] = group["peak"] * share_of_peak(run.step, s.steps)
+    run.adamw.step()
+    run.muon.step()
+    model.clamp_ratios()
+
+    with torch.no_grad():
+        # Averaged over about the last tenth of the run, at most 2,000 steps; the ratios are not: the weights fit k.
+        decay = min(0.9995, run.step / (run.step + 9))
+        torch._foreach_lerp_(list(run.ema.parameters()), list(model.parameters()), 1 - decay)
+        run.ema.ratios.copy_(model.ratios)
+        add_to_sums(run, t, losses.detach().float(), norm)
+
+
+def share_of_peak(step: int, steps: int) -> float:
+    """The learning rate of a step: a short warm-up, a plateau, and a linear decay over the last 40 % of the steps."""
+    rising = (step + 1) / min(100, 0.1 * steps + 1)
+    falling = (steps - step) / (0.4 * steps)
+    return min(1.0, rising, falling)
+
+
+def add_to_sums(run: Run, t: Tensor, losses: Tensor, norm: Tensor) -> None:
+    """Count a step's losses (B,) in their timestep regions, and its gradient norm."""
+    region = column_of(t, run.settings.timestep_regions)
+    loss_sums = torch.zeros_like(run.loss_sums).index_add_(0, region, losses)
+    image_counts = torch.zeros_like(run.image_counts).index_add_(0, region, torch.ones_like(losses))
+    # What is not finite stays as it was when it came first, so that finite_sums can tell where that was.
+    finite = run.loss_sums.isfinite().all() & run.norm_sum.isfinite()
+    run.loss_sums += torch.where(finite, loss_sums, 0.0)
+    run.norm_sum += torch.where(finite, norm, 0.0)
+    run.image_counts += image_counts
 
 
 # --- What is written -------------------------------------------------------------------------------------------------
 
 
-def finite_sums(run: SimpleNamespace) -> torch.Tensor:
-    """The sums since the last line of metrics, on the CPU. Raises InputError if a loss or gradient was not finite."""
-    sums, first = run.sums.cpu(), run.metrics[-1]["step"] + 1 if run.metrics else 1
+def steps_since_metrics(run: Run) -> int:
+    if not run.metrics:
+        return run.step
+    return run.step - run.metrics[-1]["step"]
+
+
+def finite_sums(run: Run) -> Tensor:
+    """The sums since the last line of metrics, on the CPU: losses and images by region, then gradient norm and steps.
+
+    Shape (2, R + 1), as in the checkpoint. Raises InputError if a loss or a gradient was not finite.
+    """
+    losses = torch.cat([run.loss_sums, run.norm_sum[None]])
+    counts = torch.cat([run.image_counts, torch.full_like(run.norm_sum, steps_since_metrics(run))[None]])
+    sums = torch.stack([losses, counts]).cpu()
     if not sums.isfinite().all():
         regions = (~sums[0, :-1].isfinite()).nonzero().flatten().add(1).tolist() or "none"
-        where = f"in steps {first} to {run.step}, timestep regions {regions}"
-        raise method.InputError(f"loss or gradient not finite {where}; what was saved before is good; try a lower --lr")
+        where = f"in steps {run.step - steps_since_metrics(run) + 1} to {run.step}, timestep regions {regions}"
+        raise InputError(f"loss or gradient not finite {where}; what was saved before is good; try a lower --lr")
     return sums
 
 
-def write_metrics(run: SimpleNamespace, out: Path) -> None:
+def write_metrics(run: Run, out: Path) -> None:
     """Append a line to metrics.jsonl: of the steps since the last one."""
-    (*losses, norm), (*images, steps) = finite_sums(run).tolist()
+    sums = finite_sums(run)
+    losses, images = sums[:, :-1].tolist()
+    norm, steps = sums[:, -1].tolist()
     ratios = run.ema.ratios.detach().cpu()
-    line = {"step": run.step, "seconds": round(run.seconds, 2), "loss": sum(losses) / sum(images)}
-    line["loss_by_region"] = [loss / count if count else None for loss, count in zip(losses, images)]
-    line |= {"gradient_norm": norm / steps, "mean_ratio": float(ratios.mean())}
-    line["ratios"] = np.round(ratios.tolist(), 4).tolist()
+    line = {
+        "step": run.step,
+        "seconds": round(run.seconds, 2),
+        "loss": sum(losses) / sum(images),
+        "loss_by_region": [loss / count if count else None for loss, count in zip(losses, images)],
+        "gradient_norm": norm / steps,
+        "mean_ratio": float(ratios.mean()),
+        "ratios": np.round(ratios.tolist(), 4).tolist(),
+    }
     run.metrics.append(line)
-    run.sums.zero_()
-    with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
+    run.loss_sums.zero_()
+    run.image_counts.zero_()
+    run.norm_sum.zero_()
+    with by_product(), open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
 
-def save_checkpoint(run: SimpleNamespace, path: Path, whole: bool = True) -> None:
-    """Write a checkpoint, never one that is not finite; whole: from which the run can go on, not only what samples."""
-    state = {"config": asdict(run.model.config), "ema": run.ema.state_dict(), "prompts": list(run.data.prompts)}
-    state |= {"step": run.step, "made_by": run.made_by, "sums": finite_sums(run)}
-    if whole:
-        state |= {name: vars(run)[name].state_dict() for name in ("model", "adamw", "muon")}
-        state |= {"settings": vars(run.settings), "seconds": run.seconds, "metrics": run.metrics}
-    with tools.replace_file(path) as file:
+def save_checkpoint(run: Run, path: Path) -> None:
+    """Write a checkpoint from which the run can go on and sample.py can sample, never one that is not finite."""
+    state = {
+        "config": asdict(run.model.config),
+        "prompts": list(run.data.prompts),
+        "pictures": run.data.size,
+        "settings": vars(run.settings),
+        "model": run.model.state_dict(),
+        "ema": run.ema.state_dict(),
+        "adamw": run.adamw.state_dict(),
+        "muon": run.muon.state_dict(),
+        "sums": finite_sums(run),
+        "step": run.step,
+        "seconds": run.seconds,
+        "metrics": run.metrics,
+        "made_by": run.made_by,
+    }
+    with replace_file(path) as file:
         torch.save(state, file)
 
 
-def write_pictures(run: SimpleNamespace, out: Path) -> None:
+@contextlib.contextmanager
+def by_product() -> Iterator[None]:
+    """A picture or a line of metrics that cannot be written is a warning: the run and its checkpoint matter more."""
+    try:
+        yield
+    except (InputError, OSError) as error:
+        tqdm.write(f"warning: {error}; the training goes on", file=sys.stderr)
+
+
+def write_pictures(run: Run, out: Path) -> None:
     """Write the learned table and the pictures, from the averaged weights."""
-    s, prompts, ratios = run.settings, run.data.prompts, run.ema.ratios.detach()
-    mean, rows = float(ratios.mean()), np.round(ratios.tolist(), 4).tolist()
-    table = {"about": "share of tokens that bypass; a row a layer, a column a timestep region, the least noisy first"}
-    table |= {"mode": s.mode, "target": s.target_ratio, "mean": mean, "ratios": rows}
-    with tools.replace_file(out / "ratios.json") as file:
-        file.write(json.dumps(table, indent=1).replace("\n   ", " ").replace("\n  ]", "]").encode())
-    pictures = {"samples": tools.draw_samples(tools.images_from_prompts(run.ema, prompts, s.seed), prompts)}
-    pictures["ratios"] = tools.draw_ratios(ratios, f"Share of tokens that bypass, {s.mode}, mean {mean:.3f}")
-    pictures["curves"] = draw_curves(run.metrics)
+    s, prompts = run.settings, run.data.prompts
+    ratios = run.ema.ratios.detach()
+    mean = float(ratios.mean())
+    with by_product(), replace_file(out / "ratios.json") as file:
+        file.write(table_as_json(ratios, s).encode())
+
+    pictures = {
+        "samples": draw_samples(images_from_prompts(run.ema, prompts, s.seed), prompts),
+        "ratios": draw_ratios(ratios, f"Share of tokens that bypass, {s.mode}, mean {mean:.3f}"),
+    }
+    if run.metrics:
+        pictures["curves"] = draw_curves(run.metrics)
     if s.mode != "dense":
-        pictures["routing"] = tools.draw_routing(run.ema, prompts[:3], s.seed)
+        pictures["routing"] = draw_routing(run.ema, prompts[:3], s.seed)
     for name, picture in pictures.items():
-        with tools.replace_file(out / f"{name}.png") as file:
+        with by_product(), replace_file(out / f"{name}.png") as file:
             picture.save(file, "PNG")
+
+
+def table_as_json(ratios: Tensor, s: argparse.Namespace) -> str:
+    """The table (L, C) as sample.py --ratios reads it, with a line for each layer."""
+    about = {
+        "about": "share of tokens that bypass; a row a layer, a column a timestep region, the least noisy first",
+        "mode": s.mode,
+        "target": s.target_ratio,
+        "mean": float(ratios.mean()),
+    }
+    lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in about.items()]
+    rows = [f"  {json.dumps(row)}" for row in np.round(ratios.tolist(), 4).tolist()]
+    lines.append(' "ratios": [\n' + ",\n".join(rows) + "]")
+    return "{\n" + ",\n".join(lines) + "\n}"
 
 
 def draw_curves(metrics: list[dict]) -> Image.Image:
     """Loss, loss by noise level, and ratios over the steps, from the lines of metrics.jsonl."""
-    steps, loss, regions = ([line[name] for line in metrics] for name in ("step", "loss", "loss_by_region"))
-    layers = np.array([np.mean(line["ratios"], axis=1) for line in metrics])
-    panels = {  # (lines, curves), the last one is black
-        "loss": np.log10(np.c_[loss]),
-        "loss by noise level, blue clean to red noisy; black: all": np.log10(np.c_[np.array(regions, float), loss]),
-        "ratio by layer, blue first to red last; black: mean": np.c_[layers, layers.mean(axis=1)],
-    }
-    draw = ImageDraw.Draw(sheet := Image.new("RGB", (1290, 300), tools.PAPER))
-    for left, (title, values) in zip((60, 490, 920), panels.items()):
-        low, high = np.nanmin(values), np.nanmax(values) + 0.01
-        draw.text((left, 12), title, tools.INK, tools.FONT)
-        draw.rectangle((left, 40, left + 340, 260), outline=(200, 200, 205))
-        for share in (0, 0.5, 1):
-            level = low + share * (high - low) if "ratio" in title else 10 ** (low + share * (high - low))
-            draw.text((left - 4, 260 - 220 * share), f"{level:.2g}", tools.INK, tools.SMALL, "rm")
-            draw.text((left + 340 * share, 264), f"{steps[-1] * share:.0f}", tools.INK, tools.SMALL, "ma")
-        for i, curve in enumerate(values.T, 1):
-            points = zip([0, *steps], [curve[0], *curve])  # a line of metrics tells of the steps before it
-            points = [(left + 340 * x / steps[-1], 260 - 220 * (y - low) / (high - low)) for x, y in points if y > -99]
-            red, black = i / values.shape[1], i == values.shape[1]
-            draw.line(points, tools.INK if black else (round(270 * red), 70, round(270 - 270 * red)), 2 + black)
+    steps = [line["step"] for line in metrics]
+    loss = np.array([line["loss"] for line in metrics])
+    by_region = np.array([line["loss_by_region"] for line in metrics], dtype=float)  # None becomes NaN
+    by_layer = np.array([np.mean(line["ratios"], axis=1) for line in metrics])
+    sheet = Image.new("RGB", (1290, 300), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw_panel(draw, 60, "loss", steps, [], loss, logarithmic=True)
+    title = "loss by noise level, blue clean to red noisy; black: all"
+    draw_panel(draw, 490, title, steps, by_region.T, loss, logarithmic=True)
+    title = "ratio by layer, blue first to red last; black: mean"
+    draw_panel(draw, 920, title, steps, by_layer.T, by_layer.mean(axis=1), logarithmic=False)
     return sheet
 
 
-def main(argv: Sequence[str] | None = None, prepare=lambda run: None) -> int | None:
-    """The command. argv: in place of sys.argv; prepare: called with the run before its first step, may change it."""
-    s, checkpoint = make_parser().parse_args(argv), None
+def draw_panel(
+    draw: ImageDraw.ImageDraw, left: int, title: str, steps: list, coloured, black, logarithmic: bool
+) -> None:
+    """Curves over the steps: the coloured ones from blue to red, then the black one. What is NaN is left out."""
+    curves = np.array([*coloured, black])
+    if logarithmic:
+        curves = np.log10(curves)
+    low = np.nanmin(curves)
+    high = np.nanmax(curves) + 0.01
+    width, top, bottom = 340, 40, 260
+    draw.text((left, 12), title, INK, FONT)
+    draw.rectangle((left, top, left + width, bottom), outline=(200, 200, 205))
+
+    def x_of(step: float) -> float:
+        return left + width * step / steps[-1]
+
+    def y_of(value: float) -> float:
+        return bottom - (bottom - top) * (value - low) / (high - low)
+
+    for share in (0, 0.5, 1):
+        value = low + share * (high - low)
+        label = 10**value if logarithmic else value
+        draw.text((left - 4, y_of(value)), f"{label:.2g}", INK, SMALL_FONT, "rm")
+        step = share * steps[-1]
+        draw.text((x_of(step), bottom + 4), f"{step:.0f}", INK, SMALL_FONT, "ma")
+    for i, curve in enumerate(curves):
+        red = (i + 1) / len(curves)
+        colour = (round(270 * red), 70, round(270 * (1 - red)))
+        line_width = 2
+        if i == len(curves) - 1:
+            colour, line_width = INK, 3
+        values = [curve[0], *curve]  # a line of metrics tells of the steps before it
+        draw.line([(x_of(step), y_of(v)) for step, v in zip([0, *steps], values) if not math.isnan(v)], colour, line_width)
+
+
+# --- The command -----------------------------------------------------------------------------------------------------
+
+
+def read_settings(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Path, dict | None]:
+    """The settings, the run folder and, with --resume, its checkpoint. Raises InputError if they do not fit."""
+    s = make_parser().parse_args(argv)
     out = Path(s.out or f"runs/{s.dataset}")
     path = out / "checkpoint.pt"
-    if path.exists() != s.resume:
-        here = "holds a run already, and --resume goes on with it" if path.exists() else "holds no run to go on with"
-        raise method.InputError(f"{out} {here}; another --out starts a new one")
-    if s.resume:
-        checkpoint = tools.read_checkpoint(path, "model")[1]
-        with tools.input_errors(f"cannot go on with {path}"):
-            began = checkpoint["settings"]
-            s = make_parser().parse_args(argv, argparse.Namespace(**began))  # flags that are given replace its own
-            for name in set(vars(s)) - set(MAY_CHANGE):
-                if getattr(s, name) != began.get(name):
-                    raise method.InputError(f"its --{name.replace('_', '-')} is {began.get(name)} and cannot change")
-            if s.steps < checkpoint["step"]:
-                raise method.InputError(f"it has done {checkpoint['step']} steps, more than --steps {s.steps}")
-    steps, stop = train(s if s.resume else fill_defaults(s), checkpoint), []
+    if not s.resume:
+        if path.exists():
+            raise InputError(f"{out} holds a run already, and --resume goes on with it; another --out starts a new one")
+        return fill_defaults(s), out, None
+    if not path.exists():
+        raise InputError(f"{out} holds no run to go on with; another --out starts a new one")
+    checkpoint = read_checkpoint(path, "model")[1]
+    with input_errors(f"cannot go on with {path}"):
+        saved = make_parser().parse_args([], argparse.Namespace(**checkpoint["settings"]))  # and flags newer than it
+        s = make_parser().parse_args(argv, argparse.Namespace(**vars(saved)))  # flags that are given replace its own
+        for name, value in vars(saved).items():
+            if name not in MAY_CHANGE and getattr(s, name) != value:
+                raise InputError(f"its --{name.replace('_', '-')} is {value} and cannot change")
+        if s.steps < checkpoint["step"]:
+            raise InputError(f"it has done {checkpoint['step']} steps, more than --steps {s.steps}")
+    return s, out, checkpoint
+
+
+@contextlib.contextmanager
+def only_run_in(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder; the lock ends with the process, however that ends. Raises InputError if held."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ".lock"
+    with open(path, "a") as file:
+        try:
+            if os.name == "nt":
+                import msvcrt
+
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise InputError(f"another run is writing to {folder}; wait for its end, or give another --out") from None
+        try:
+            for part in folder.glob("*.part"):  # of a process that was killed while it wrote
+                part.unlink()
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def stop_on_signals() -> list[int]:
+    """A list that will hold the first signal to stop. Training then ends after a step; a second signal ends it at once."""
+    received: list[int] = []
+
+    def stop(signal_number: int, _) -> None:
+        received.append(signal_number)
+        signal.signal(signal_number, signal.SIG_DFL)
+
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Ctrl-C, kill, a closed terminal (not on Windows)
+        signal_number = getattr(signal, name, None)
+        if signal_number is not None and signal.getsignal(signal_number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(signal_number, stop)
+    return received
+
+
+def command_line(arguments: Sequence[object]) -> str:
+    """A command that can be pasted into a shell of this system."""
+    words = ["python", *map(str, arguments)]
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
+def main(argv: Sequence[str] | None = None) -> int | None:
+    """The command. argv: in place of sys.argv."""
+    s, out, checkpoint = read_settings(argv)
+    with only_run_in(out):
+        return train_and_write(s, out, checkpoint)
+
+
+def train_and_write(s: argparse.Namespace, out: Path, checkpoint: dict | None) -> int | None:
+    """Train, and leave in the run folder what a run leaves there; returns an exit code if a signal stopped it."""
+    path = out / "checkpoint.pt"
+    steps = train(s, checkpoint)
     run = next(steps)
-    prepare(run)
-    s = run.settings
-    out.mkdir(parents=True, exist_ok=True)  # below: lines of metrics after the checkpoint come again
-    (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in run.metrics))
-    for number in (signal.SIGINT, signal.SIGTERM):  # the first one stops after a step, a second one at once
-        signal.signal(number, lambda number, _: (stop.append(number), signal.signal(number, signal.SIG_DFL)))
+    metrics = "".join(json.dumps(line) + "\n" for line in run.metrics)  # lines after the checkpoint will come again
+    (out / "metrics.jsonl").write_text(metrics, encoding="utf-8")
+    stop_signals = stop_on_signals()
     with tqdm(steps, total=s.steps, initial=run.step, unit="step", dynamic_ncols=True) as bar:
         for run in bar:
-            if run.step % s.log_every == 0 or run.step == s.steps:
+            finished = run.step == s.steps
+            quarter = run.step in (s.steps // 4, s.steps // 2, 3 * s.steps // 4)
+            metrics_are_due = run.step % s.log_every == 0 or finished
+            if metrics_are_due:
                 write_metrics(run, out)
-                bar.set_postfix_str(f"loss {run.metrics[-1]['loss']:.4f}, ratio {run.metrics[-1]['mean_ratio']:.3f}")
-            if stop or run.step % s.save_every == 0 or run.step == s.steps:
+            if stop_signals or finished or quarter or run.step % s.save_every == 0:
                 save_checkpoint(run, path)
-            if stop:
+            if stop_signals:
                 bar.close()
-                again = shlex.join(["python", sys.argv[0], "--dataset", s.dataset, "--out", str(out), "--resume"])
+                again = command_line([sys.argv[0], "--dataset", s.dataset, "--out", out, "--resume"])
                 print(f"stopped after step {run.step}, saved to {path}; go on with: {again}", file=sys.stderr)
-                return 128 + stop[0]
-            if run.step in (s.steps // 4, s.steps // 2, 3 * s.steps // 4) and run.metrics:
+                return 128 + stop_signals[0]
+            if metrics_are_due:
+                line = run.metrics[-1]
+                bar.set_postfix_str(f"loss {line['loss']:.4f}, ratio {line['mean_ratio']:.3f}")
+            if quarter:
                 write_pictures(run, out)
     write_pictures(run, out)
     print(f"{run.step} steps in {run.seconds / 60:.1f} minutes; see {out}; for longer, --resume with more --steps")
 
 
 if __name__ == "__main__":
-    tools.run_command(main)
+    run_command(main)
