@@ -19,11 +19,12 @@ slope in the ratio (see ratio_gate).
 
 Training computes all N tokens and masks, for each image has its own noise level and its own k: it saves no time.
 Sampling gathers the k tokens and computes only these, with the same result up to rounding; for all N tokens it still
-pays router and sort of each layer, the embedding, the last linear layer.
+pays the router, the sort and a copy in each layer, the embedding, the last norm and linear layer.
 
 What differs from the paper, with the reasons where it stands: the gate is twice the score; a ratio learns in one pass,
 through the tokens next after the k best, not in two at multiples of 10 %; ratios are clamped after the step, not in the
-forward pass; the network is small, works on pixels and reads captions itself; inpainting is added.
+forward pass; the network is small, works on pixels and reads captions itself; inpainting is added. And the trainer
+divides each image's diffusion loss by a * a, which makes it the loss of the velocity (see diffusion_loss).
 
 Letters used in comments:
     B images   N image tokens   D width   H heads   L layers   C columns of the ratio table (1, or R timestep regions)
@@ -165,8 +166,11 @@ def ratio_gate(rank: Tensor, k: Tensor, ratio: Tensor) -> Tensor:
     Why there is a slope: if the layer skips a little less, one more token is processed, the next after the k best, and
     its gate goes from 0 to its full value. To first order that changes the loss by its derivative at gate 0. A factor
     with the value 0 and a slope gives the ratio just this gradient. As dk / dratio = -N, the slope is -N, shared among
-    the next e tokens (fewer if fewer bypass), which stand for it with less variance, and halved: -N / (2 e) each. If
-    processing them lowers the loss, the ratio's gradient is positive, and descent lowers the ratio.
+    the next e tokens (fewer if fewer bypass), which stand for it with less variance, and halved: -N / (2 e) each. In all
+
+        dloss / dratio = -N / (2 e) * (sum over the next e tokens of 2 score <dloss / dx, update>),
+
+    x being what the layer returns. If processing them lowers the loss, this is positive, and descent lowers the ratio.
 
     The half: skipping costs the difference of the loss between gate 0 and full gate, and the trapezoid rule takes the
     mean of the derivatives at both ends. At full gate it is taken to be 0: there the router has tuned the gate, if only
@@ -203,7 +207,10 @@ class RoutedLayer(nn.Module):
             nn.init.zeros_(parameter)
 
     def score_and_sort(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Every token's score (B, N), and the tokens' indices from best to worst (B, N); equal scores stay in order."""
+        """Every token's score (B, N), and the tokens' indices from best to worst (B, N).
+
+        Equal scores stay in order, row by row of the image from its top left corner: so at the start, all being equal.
+        """
         score = torch.sigmoid(self.router(x)).squeeze(2)
         return score, score.argsort(dim=1, descending=True, stable=True)
 
@@ -221,7 +228,8 @@ class RoutedLayer(nn.Module):
         score, order = self.score_and_sort(x)
         gate = 2 * score  # (B, N)
         if ratio is not None:
-            rank, ratio = order.argsort(dim=1), ratio.unsqueeze(1)  # the inverse of a permutation is its argsort
+            rank = order.argsort(dim=1)  # (B, N): the inverse of a permutation is its argsort
+            ratio = ratio.unsqueeze(1)  # (B, 1)
             k_best = tokens_processed(ratio, N)  # (B, 1)
             gate = gate * ratio_gate(rank, k_best, ratio)
             return x + gate.unsqueeze(2) * self.layer(x, rank < k_best, *context)
@@ -280,7 +288,10 @@ class DiT(nn.Module):
         self.ratios.clamp_(0, 1 - 1 / self.config.tokens)
 
     def encode_caption(self, words: Tensor) -> Tensor:
-        """Word ids (B, W) to caption tokens (B, W, D). The same for every denoising step, so computed once."""
+        """Word ids (B, W) to caption tokens (B, W, D). The same for every denoising step, so computed once.
+
+        "No word" has an embedding too: padding is attended to, and averaged, as any word is.
+        """
         return self.caption_encoder(self.embed_word(words) + self.word_positions)
 
     def forward(
@@ -301,8 +312,12 @@ class DiT(nn.Module):
         condition = F.silu(self.embed_time(_waves(1000 * t, self.config.dim, 10_000)) + caption.mean(dim=1))  # (B, D)
         modulation = self.condition(condition).unflatten(1, (6, -1))  # (B, 6, D)
         for i, layer in enumerate(self.layers):
-            k_i, ratio_i = None if k is None else k[i], None if ratio is None else ratio[i]
-            x = layer(x, modulation, caption, k=k_i, ratio=ratio_i)  # (B, N, D)
+            if k is not None:
+                x = layer(x, modulation, caption, k=k[i])  # (B, N, D)
+            elif ratio is not None:
+                x = layer(x, modulation, caption, ratio=ratio[i])
+            else:
+                x = layer(x, modulation, caption)
 
         shift, scale = self.condition_out(condition).unsqueeze(1).chunk(2, dim=2)  # (B, 1, D) each
         patches = self.out(_normalise(x, shift, scale))  # (B, N, 3 * p * p)

@@ -17,13 +17,13 @@ import time
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the commands; small models are faster with one thread
-import sample as sample_command  # isort: skip (first: it puts the file of DIFFRATIO_MOD in the place of diffratio_mod)
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import diffratio_mod as method
+import sample as sample_command
 import train_cifar as train_command
 
 HERE = Path(__file__).parent
