@@ -433,11 +433,11 @@ def table_of(args: argparse.Namespace, model: DiT) -> torch.Tensor:
     return 1 - k.clamp(1, tokens) / tokens
 
 
-def check_outputs(args: argparse.Namespace, routing_map: Path, count: int) -> None:
+def check_outputs(args: argparse.Namespace, count: int) -> None:
     """Raises InputError if what the flags promise cannot be written, or would lie among pictures of another run."""
     check_output(args.out)
     if args.routing_map:
-        check_output(routing_map)
+        check_output(routing_map_of(args.out))
     if args.npz:
         check_output(args.npz)
     if args.png_dir:
@@ -449,6 +449,10 @@ def check_outputs(args: argparse.Namespace, routing_map: Path, count: int) -> No
 
 def png_name(number: int) -> str:
     return f"{number:06d}.png"
+
+
+def routing_map_of(out: Path) -> Path:
+    return out.with_name(out.stem + "-routing.png")
 
 
 def main() -> None:
@@ -470,8 +474,7 @@ def main() -> None:
     prompts = args.prompt or checkpoint["prompts"]
     captions = [prompt for prompt in prompts for _ in range(args.num)]
     encode(config, captions)  # which refuses unknown words
-    routing_map = args.out.with_name(args.out.stem + "-routing.png")
-    check_outputs(args, routing_map, len(captions))
+    check_outputs(args, len(captions))
 
     with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
         warm_up = dict(options, steps=1)
@@ -493,7 +496,7 @@ def main() -> None:
                 write_png(Image.fromarray(image), args.png_dir / png_name(i))
         write_png(draw_samples(images[:64], captions[:64]), args.out)
         if args.routing_map:
-            write_png(draw_routing(model, prompts[:3], args.seed, **options), routing_map)
+            write_png(draw_routing(model, prompts[:3], args.seed, **options), routing_map_of(args.out))
 
     column_of_step = column_of(torch.linspace(1, 0, args.steps + 1)[:-1], ratios.shape[1])
     mean = float(ratios[:, column_of_step].mean())
@@ -507,7 +510,7 @@ def main() -> None:
         print("the routing map shows the first 3 prompts")
     written = [args.out]
     if args.routing_map:
-        written.append(routing_map)
+        written.append(routing_map_of(args.out))
     if args.npz:
         written.append(args.npz)
     if args.png_dir:

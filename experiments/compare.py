@@ -104,7 +104,7 @@ def fine_tune(args: argparse.Namespace, arm: str, seed: int) -> DiT:
                     layer.router.requires_grad_(False)
         elif run.step % 20 == 0 or run.step == s.steps:
             train_cifar.write_metrics(run, out)  # which raises if a loss was not finite
-    train_cifar.save_checkpoint(run, out / "checkpoint.pt", whole=False)
+    train_cifar.save_checkpoint(run, out / "checkpoint.pt")
     return run.ema
 
 

@@ -26,12 +26,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from common import tools
-from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffratio_mod import InputError
-from train_cifar import load_data
+from train_cifar import PICTURE_SUFFIXES, hidden, load_data
 
 
 @torch.no_grad()
@@ -64,18 +63,20 @@ def frechet(a: Tensor, b: Tensor) -> float:
     return float((a.mean(dim=0) - b.mean(dim=0)).square().sum() + spread)
 
 
-def read_pictures(path: Path) -> np.ndarray:
-    """An .npz with arr_0 uint8 (count, S, S, 3), or a folder of pictures of one size. Raises InputError."""
-    try:
+def read_pictures(path: Path, size: int) -> np.ndarray:
+    """Images uint8 (count, S, S, 3): of an .npz under arr_0, or of a folder, each as train_cifar.py reads it.
+
+    Raises InputError if they cannot be read or are fewer than 20.
+    """
+    with tools.input_errors(f"cannot read pictures from {path}"):
         if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in (".png", ".jpg", ".jpeg"))
-            images = np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])
+            files = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in PICTURE_SUFFIXES]
+            pictures = [tools.read_picture(file, size) for file in files if not hidden(file.name)]
+            images = np.array(pictures, np.uint8)
         else:
             images = np.load(path)["arr_0"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise InputError(f"cannot read pictures of one size from {path}: {error}") from None
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or len(images) < 20:
-        raise InputError(f"{path} must hold uint8 (20 or more, S, S, 3), not {images.dtype} {images.shape}")
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or len(images) < 20:
+            raise InputError(f"it must hold uint8 (20 or more, S, S, 3), not {images.dtype} {images.shape}")
     return images
 
 
@@ -111,9 +112,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=common.RESULTS / "photographs.json")
     args = parser.parse_args()
     device, rows = tools.pick_device(args.device), {}
-    readers = {path: tools.read_checkpoint if path.suffix == ".pt" else read_pictures for path in args.sources}
-    sources = {path: reader(path) for path, reader in readers.items()}
-    train = load_data(argparse.Namespace(**vars(args), dataset="folder"))
+    sources = {}
+    for path in args.sources:
+        sources[path] = tools.read_checkpoint(path) if path.suffix == ".pt" else read_pictures(path, args.image_size)
+    train = load_data(argparse.Namespace(**vars(args), dataset="folder", no_flip=True))
     measure = measure_of(args.data_dir, args.image_size, device)
 
     def note(source: str, images: np.ndarray, **how: float) -> None:

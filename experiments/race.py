@@ -81,7 +81,7 @@ def main() -> None:
         labels.append(f"{Path(name).name[:16]}\nratio {mean:.2f}, {median:.3f} s\n{right:.0%} right")
         columns.append([(drawn[i], prompts[i]) for i in range(0, num, num // 8 + 1)])  # in turn one object and two
     with tools.replace_file(args.out) as file:
-        tools.draw_grid(list(zip(*columns)), "Ratio tables raced", (), labels, 112, 3).save(file, "PNG")
+        tools.draw_grid(list(zip(*columns)), "Ratio tables raced", (), labels, 112, captions=True).save(file, "PNG")
     print(f"wrote {args.out}")
 
 
