@@ -12,6 +12,7 @@ prompts to images, what that costs, pictures, files, the command line.
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import difflib
 import json
@@ -107,28 +108,36 @@ def pick_device(name: str) -> torch.device:
 # --- What sampling costs, and which tokens it processes --------------------------------------------------------------
 
 
-def sampling_flops(config: Config, ratios: torch.Tensor, steps: int, guidance: float) -> int:
+def sampling_flops(
+    config: Config, ratios: torch.Tensor, steps: int, guidance: float, guidance_interval=(0.0, 1.0)
+) -> int:
     """Floating-point operations to sample one image, as PyTorch counts them (2 for a multiply-add)."""
-    batch = 1 if guidance == 1 else 2  # guided, an image runs with its caption and with the null caption
     with torch.device("meta"):  # shapes are all that counts
         model = DiT(config)
-        words = torch.zeros(batch, config.caption_length, dtype=torch.long)
-        images = torch.zeros(batch, 3, config.image_size, config.image_size)
-        t = torch.ones(batch)
+        words = torch.zeros(2, config.caption_length, dtype=torch.long)
+        images = torch.zeros(2, 3, config.image_size, config.image_size)
+        t = torch.ones(2)
         caption = model.encode_caption(words)
+    network = model.forward
+    calls: collections.Counter = collections.Counter()  # of the network, by number of images and k of the layers
+
+    def note_call(noisy: torch.Tensor, *_, k: list | None) -> torch.Tensor:
+        calls[len(noisy), k and tuple(k)] += 1
+        return noisy
+
+    model.forward = note_call
+    sample(model, words[:1], images[:1], steps, guidance, guidance_interval, ratios=ratios)
 
     def count(function: Callable, *arguments, **options) -> int:
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # a form that it can count
             function(*arguments, **options)
         return counter.get_total_flops()
 
-    total = count(model.encode_caption, words)
-    columns = column_of(torch.linspace(1, 0, steps + 1)[:-1], ratios.shape[1]).tolist()  # of each step
-    for column in set(columns):  # steps of one column cost the same
-        k = tokens_processed(ratios[:, column], config.tokens).tolist()
-        if config.mode == "dense":
-            k = None
-        total += columns.count(column) * count(model, images, t, caption, images, images[:, :1], k=k)
+    most = max(batch for batch, _ in calls)
+    total = count(model.encode_caption, words[:most])  # once for all steps
+    for (batch, k), times in calls.items():
+        z = images[:batch]
+        total += times * count(network, z, t[:batch], caption[:batch], z, z[:, :1], k=k)
     return total
 
 
@@ -406,6 +415,8 @@ def make_parser() -> Parser:
     add = parser.add_argument_group("how").add_argument
     add("--steps", type=number(int, 1, 1000), default=20, help="denoising steps (default 20)")
     add("--guidance", type=number(float, 0, 100), default=3.0, help="1 is off, at half the cost (default 3)")
+    add("--guidance-interval", type=number(float, 0, 1), nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
+        help="noise levels t at which guidance acts (default 0 1); other steps take half as long")  # fmt: skip
     add("--ratios", type=Path, metavar="JSON", help="skip by this table, in the form of ratios.json")
     add("--dense", action="store_true", help="the same weights, with nothing skipped")
     add("--round-k", type=number(int, 1, 16384), default=1, help="round each k to a multiple; 16 suits CPUs")
@@ -468,7 +479,12 @@ def main() -> None:
     if config.mode == "dense" and (args.ratios or args.routing_map):
         raise InputError(f"{args.checkpoint} is a dense model: it has no trained routers for --ratios or --routing-map")
     ratios = table_of(args, model)
-    options: dict = {"steps": args.steps, "guidance": args.guidance, "ratios": ratios}
+    options: dict = {
+        "steps": args.steps,
+        "guidance": args.guidance,
+        "guidance_interval": tuple(args.guidance_interval),
+        "ratios": ratios,
+    }
     if args.inpaint:
         options.update(read_inpainting(args.inpaint, args.mask, config.image_size))
     prompts = args.prompt or checkpoint["prompts"]
@@ -500,8 +516,9 @@ def main() -> None:
 
     column_of_step = column_of(torch.linspace(1, 0, args.steps + 1)[:-1], ratios.shape[1])
     mean = float(ratios[:, column_of_step].mean())
-    flops = sampling_flops(config, ratios, args.steps, args.guidance)
-    dense_flops = sampling_flops(config, torch.zeros_like(ratios), args.steps, args.guidance)
+    cost = (args.steps, args.guidance, args.guidance_interval)
+    flops = sampling_flops(config, ratios, *cost)
+    dense_flops = sampling_flops(config, torch.zeros_like(ratios), *cost)
     print(f"{len(images)} images, {args.steps} steps, guidance {args.guidance:g}, seed {args.seed}: {seconds:.2f} s")
     print(f"{flops / 1e9:.2f} GFLOPs an image, {1 - flops / dense_flops:.1%} fewer than dense; mean ratio {mean:.3f}")
     if len(images) > 64:
