@@ -6,6 +6,7 @@ python -m pytest -k method                              # those of the method al
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of the commands; small models are faster with one thread
 import numpy as np
@@ -587,10 +589,195 @@ TINY = ["--dataset", "shapes", "--image-size", "16", "--dim", "16", "--depth", "
 TINY += ["--patch-size", "4", "--timestep-regions", "3", "--device", "cpu", "--log-every", "2", "--save-every", "3"]
 
 
+def settings_of(*flags: object):
+    """The settings that these flags give, with all defaults filled in."""
+    return train_command.fill_defaults(train_command.make_parser().parse_args([str(flag) for flag in flags]))
+
+
 def steps_of(*flags: object):
     """The runs that the generator yields, with tiny settings and these flags."""
-    settings = train_command.make_parser().parse_args([*TINY, *map(str, flags)])
-    return train_command.train(train_command.fill_defaults(settings))
+    return train_command.train(settings_of(*TINY, *flags))
+
+
+def patch(monkeypatch, name: str, stand_in) -> None:
+    """Put `stand_in` in the place of a function, wherever the commands look it up."""
+    for module in (method, sample_command, train_command):
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, stand_in)
+
+
+def patch_loss(monkeypatch, stand_in) -> None:
+    """Let training call stand_in(loss, model, images, words, mask, t, eps, route), where `loss` is the true one."""
+    patch(monkeypatch, "diffusion_loss", functools.partial(stand_in, method.diffusion_loss))
+
+
+class ReferenceRun:
+    """Training from the definitions, with nothing of train_cifar.py but its pictures: 20 a step, of 16 x 16 pixels."""
+
+    def __init__(self, mode: str, seed: int, step: int, dense_steps: int, steps: int) -> None:
+        torch.manual_seed(seed)
+        self.data = train_command.Shapes(16)
+        self.model = method.DiT(method.Config(self.data.vocabulary, 16, 4, 16, 2, 2, 8, mode, 3))
+        self.averaged = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        self.mode, self.seed, self.step, self.dense_steps, self.steps = mode, seed, step, dense_steps, steps
+        linears = [z for layer in self.model.layers for z in layer.layer.modules() if isinstance(z, torch.nn.Linear)]
+        matrices = [linear.weight for linear in linears]
+        chosen = {id(p) for p in [*matrices, self.model.ratios]}
+        others = [p for p in self.model.parameters() if id(p) not in chosen]
+        self.weights = [*matrices, *others]
+        self.optimizers = {  # each with the peak of its learning rate
+            torch.optim.Muon(matrices, weight_decay=0): 0.01,
+            torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.01): 3e-3 * 128 / 16,
+            torch.optim.Adam([self.model.ratios], betas=(0.9, 0.99)): 0.05,
+        }
+        self.losses, self.regions, self.norms = [], [], []  # since the last line of metrics
+
+    def batch(self) -> tuple:
+        """Pictures, one caption in ten null, one picture in four with a box to fill in, noise levels, and noise."""
+        rng = torch.Generator().manual_seed(self.seed * 1_000_000_007 + self.step)
+        images, captions, _ = self.data.batch(20, rng)
+        null = torch.rand(20, generator=rng) < 0.1
+        corner = 0.75 * torch.rand(20, 2, generator=rng)
+        side = 0.25 + (0.75 - corner) * torch.rand(20, 2, generator=rng)  # as corner: x (or y) as shares of the picture
+        boxed = torch.rand(20, generator=rng) >= 0.75
+        share = (torch.arange(20) + torch.rand(20, generator=rng)) / 20
+        normal = torch.special.ndtri(share)  # the quantiles of a normal distribution
+        t = torch.atan(torch.exp(-0.5 + 1.4 * normal)) / math.acos(0.02)
+        words, mask = torch.zeros(20, 8, dtype=torch.long), torch.ones(20, 1, 16, 16)
+        for i, caption in enumerate(captions):
+            for j, word in enumerate(caption.split()):
+                words[i, j] = 0 if null[i] else 1 + self.data.vocabulary.index(word)
+            for row, column in np.ndindex(16, 16):
+                middle = torch.tensor([row + 0.5, column + 0.5]) / 16
+                inside = (middle >= corner[i]) & (middle < corner[i] + side[i])
+                mask[i, 0, row, column] = float(inside.all() or not boxed[i])
+        return images, words, mask, t, torch.randn(20, 3, 16, 16, generator=rng)
+
+    def train(self) -> dict:
+        """One step. Gives the learning rates."""
+        images, words, mask, t, eps = self.batch()
+        routed = self.mode != "dense" and self.step >= self.dense_steps
+        if routed and self.mode == "uniform":
+            self.model.ratios.data[:] = 0.3
+        losses = method.diffusion_loss(self.model, images, words, mask, t, eps, routed)
+        losses = losses / torch.cos(t * math.acos(0.02)) ** 2
+        pull = 2 * (self.model.ratios.mean() - 0.3) ** 2 if routed and self.mode.startswith("layer") else 0
+        self.model.zero_grad()
+        (losses.mean() + pull).backward()
+        gradients = [p.grad for p in self.weights if p.grad is not None]
+        norm = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients))
+        for gradient in gradients:
+            gradient *= min(1, 1 / (norm + 1e-6))
+        warm, cool = (self.step + 1) / min(100, 1 + self.steps / 10), (self.steps - self.step) / (0.4 * self.steps)
+        for optimizer, peak in self.optimizers.items():
+            optimizer.param_groups[0]["lr"] = peak * min(1, warm, cool)
+            optimizer.step()
+        self.model.ratios.data = self.model.ratios.data.clip(0, 15 / 16)
+        decay = min(0.9995, self.step / (self.step + 9))
+        for name, p in self.model.named_parameters():
+            self.averaged[name] = p.detach() + decay * (self.averaged[name] - p.detach())
+        self.averaged["ratios"] = self.model.ratios.detach().clone()
+        self.step += 1
+        self.losses += losses.tolist()
+        self.regions += [math.ceil(3 * level) - 1 for level in t.tolist()]
+        self.norms.append(norm)
+        return [optimizer.param_groups[0]["lr"] for optimizer in self.optimizers]
+
+    def line(self) -> dict:
+        """The line of metrics of the steps since the last one."""
+        by_region = [[loss for loss, z in zip(self.losses, self.regions) if z == region] for region in range(3)]
+        line = {"step": self.step, "loss": np.mean(self.losses), "gradient_norm": np.mean(self.norms)}
+        line["loss_by_region"] = [np.mean(losses) if losses else None for losses in by_region]
+        line["ratios"] = self.model.ratios.tolist()
+        line["mean_ratio"] = np.mean(line["ratios"])
+        self.losses, self.regions, self.norms = [], [], []
+        return line
+
+
+def assert_nearly_equal(name: str, value: torch.Tensor, expected: torch.Tensor) -> None:
+    """Two values of a parameter, but for biases of keys: the loss does not depend on them, their gradient is noise."""
+    compared = torch.ones(len(value), dtype=torch.bool)
+    if name.endswith(("qkv.bias", "in_proj_bias")):
+        compared[16:32] = False
+    if name.endswith("caption_kv.bias"):
+        compared[:16] = False
+    difference = (value - expected)[compared].abs().mean()
+    # Muon computes in bfloat16, and turns the last bit of a gradient into a difference that is seen.
+    tolerance = 3e-4 if ".layer." in name and name.endswith("weight") else 5e-6
+    assert difference < tolerance, f"{name} differs by {difference}"
+
+
+@pytest.mark.parametrize("step, steps", [(0, 10), (25_000, 30_000)])
+@pytest.mark.parametrize("mode", method.MODES)
+def test_a_run_equals_the_reference_step_by_step_across_the_switch_to_routing(mode, step, steps, tmp_path):
+    flags = ["--mode", mode, "--seed", 5, "--steps", steps, "--dense-steps", step + 2, "--batch-size", 20]
+    runs = steps_of(*flags, "--noise", -0.5, 1.4, "--ratio-lr", 0.05)
+    run, expected = next(runs), ReferenceRun(mode, 5, step, step + 2, steps)
+    for name, value in expected.model.state_dict().items():
+        assert torch.equal(run.model.state_dict()[name], value) and torch.equal(run.ema.state_dict()[name], value)
+    randomise(expected.model)  # so that gradients are long enough to be clipped
+    expected.model.ratios.data = torch.linspace(0, 15 / 16, expected.model.ratios.numel()).view_as(run.model.ratios)
+    run.model.load_state_dict(expected.model.state_dict())
+    run.step = step
+    for count in range(1, 6):
+        next(runs)
+        rates = expected.train()
+        groups = run.muon.param_groups + run.adamw.param_groups
+        assert [group["lr"] for group in groups] == pytest.approx(rates)
+        for name, value in expected.model.named_parameters():
+            assert_nearly_equal(name, run.model.get_parameter(name), value)
+            assert_nearly_equal(name, run.ema.get_parameter(name), expected.averaged[name])
+        if count in (2, 5):
+            train_command.write_metrics(run, tmp_path)
+            line, wanted = run.metrics[-1], expected.line()
+            assert lines_of(tmp_path)[-1] == line | {"seconds": 0}
+            assert line.keys() == wanted.keys() | {"seconds"}
+            np.testing.assert_allclose(line.pop("ratios"), wanted.pop("ratios"), atol=6e-5)
+            assert line.pop("loss_by_region") == pytest.approx(wanted.pop("loss_by_region"), rel=1e-4)
+            assert line == pytest.approx(wanted | {"seconds": line["seconds"]}, rel=1e-4)
+
+
+def spied_steps(monkeypatch, *flags: object) -> list[SimpleNamespace]:
+    """What each step of a run asks the loss for. The loss itself is not computed: it is 1 for each image."""
+    asked = []
+
+    def spy(loss, model, images, words, mask, t, eps, route):
+        losses = torch.ones(len(t)) + 0 * model.out.bias.sum()
+        losses.retain_grad()
+        asked.append(SimpleNamespace(images=images, words=words, mask=mask, t=t, eps=eps, route=route, losses=losses))
+        return losses
+
+    with monkeypatch.context() as context:
+        patch_loss(context, spy)
+        for _ in steps_of(*flags):
+            pass
+    return asked
+
+
+def test_batches_have_their_shares_of_null_captions_and_boxes_and_no_two_are_alike(monkeypatch):
+    flags = ["--steps", 60, "--batch-size", 64, "--image-size", 32, "--noise", 0, 3]
+    asked = spied_steps(monkeypatch, *flags, "--seed", 3)
+    neighbours = spied_steps(monkeypatch, *flags, "--seed", 4) + spied_steps(monkeypatch, *flags, "--seed", 2)
+    words, mask, t = (torch.cat([getattr(step, name) for step in asked]) for name in ("words", "mask", "t"))
+    null = words.eq(0).all(dim=1)
+    assert abs(null.float().mean() - 0.1) < 0.015  # of 3,840; three deviations
+    boxed = mask.eq(0).any(dim=(1, 2, 3))
+    assert abs(boxed.float().mean() - 0.25) < 0.02
+    assert abs((null & boxed).float().mean() - 0.025) < 0.01  # one does not depend on the other
+    rows, columns = mask[boxed, 0].amax(dim=2), mask[boxed, 0].amax(dim=1)  # (boxes, 32) each
+    assert mask.unique().tolist() == [0, 1]
+    assert torch.equal(mask[boxed, 0], rows.unsqueeze(2) * columns.unsqueeze(1))  # a box, where it is 1
+    for inside in (rows, columns):
+        assert inside.diff(dim=1).clamp(min=0).sum(dim=1).max() <= 1  # in one piece
+        side = inside.sum(dim=1)
+        assert 8 <= side.min() < 10 and 30 < side.max() <= 32
+        assert abs(side.mean() / 32 - 7 / 16) < 0.02  # 1/4 + (3/4 - corner) / 2, where the corner is 3/8 in the mean
+        assert inside[:, 0].any() and inside[:, -1].any()
+    assert abs(mask[boxed].mean() - (7 / 16) ** 2) < 0.015
+    assert 1e-3 <= t.min() < 0.01 and 0.99 < t.max() <= 1
+    for name in ("images", "eps", "t"):
+        seen = [tuple(getattr(step, name).flatten()[:40].tolist()) for step in asked + neighbours]
+        assert len(set(seen)) == 3 * 60
 
 
 @pytest.mark.parametrize("target", [0.2, 0.5])
