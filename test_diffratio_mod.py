@@ -15,6 +15,8 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +24,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of the commands; small models are faster 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import diffratio_mod as method
 import sample as sample_command
@@ -1087,3 +1089,374 @@ def test_a_full_disk_leaves_the_older_files_whole_and_no_half_file(finished, tmp
     assert_refused((result.returncode, "", result.stderr), "cannot write")
     after, metrics = snapshot(tmp_path), {str(tmp_path / "run" / "metrics.jsonl"): b""}  # where a line was added
     assert after | metrics == before | metrics
+
+
+# --- Pictures as people have them ------------------------------------------------------------------------------------
+
+
+def corners() -> np.ndarray:
+    """A picture (16, 16, 3) whose quarters are red, green, blue and black, from the top left one on."""
+    picture = np.zeros((16, 16, 3), np.uint8)
+    picture[:8, :8, 0] = picture[:8, 8:, 1] = picture[8:, :8, 2] = 255
+    return picture
+
+
+STORED = {  # how a camera stores what its orientation tag then turns upright
+    1: Image.Transpose.FLIP_LEFT_RIGHT,  # not used: 1 is upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tif"])
+def test_a_picture_that_was_stored_turned_is_read_upright(tmp_path, orientation, suffix):
+    image = Image.fromarray(corners())
+    if orientation > 1:
+        image = image.transpose(STORED[orientation])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"a.{suffix}"
+    image.save(path, exif=exif, **({"lossless": True} if suffix == "webp" else {}))
+    read = sample_command.read_picture(path, 16)
+    assert (np.abs(read.astype(int) - corners())[[3, 3, 12, 12], [3, 12, 3, 12]] < 60).all()
+
+
+def on_white(colour: int, alpha: int) -> int:
+    return round(colour * alpha / 255 + 255 * (1 - alpha / 255))
+
+
+@pytest.mark.parametrize("alpha", [0, 128, 255])
+def test_what_is_transparent_is_white_whatever_colour_is_hidden_under_it(tmp_path, alpha):
+    images = {
+        "rgba.png": Image.new("RGBA", (8, 8), (200, 40, 0, alpha)),
+        "la.png": Image.new("LA", (8, 8), (90, alpha)),
+        "rgba.webp": Image.new("RGBA", (8, 8), (200, 40, 0, alpha)),
+        "rgba.tif": Image.new("RGBA", (8, 8), (200, 40, 0, alpha)),
+    }
+    for name, image in images.items():
+        image.save(tmp_path / name, **({"lossless": True, "exact": True} if name.endswith("webp") else {}))
+        colours = (90, 90, 90) if name == "la.png" else (200, 40, 0)
+        expected = [on_white(colour, alpha) for colour in colours]
+        read = sample_command.read_picture(tmp_path / name, 8)
+        assert np.abs(read.astype(int) - expected).max() <= 1, name
+
+
+def test_a_transparent_colour_of_a_palette_or_of_a_picture_without_alpha_is_white(tmp_path):
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([10, 20, 30, 200, 0, 0])
+    palette.save(tmp_path / "p.png", transparency=1)
+    palette.save(tmp_path / "p.gif", transparency=1)
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(tmp_path / "rgb.png", transparency=(1, 2, 3))
+    Image.new("L", (8, 8), 7).save(tmp_path / "l.png", transparency=7)
+    for path in tmp_path.iterdir():
+        assert (sample_command.read_picture(path, 8) == 255).all(), path
+
+
+def test_grey_of_16_bits_and_of_floats_is_scaled_to_its_range(tmp_path):
+    ramp = np.linspace(0, 1, 256).reshape(16, 16)
+    Image.fromarray((ramp * 65535).astype(np.uint16)).save(tmp_path / "16.png")
+    Image.fromarray((ramp * 65535).astype(np.uint16)).save(tmp_path / "16.tif")
+    Image.fromarray((ramp * 65535).astype(np.int32)).save(tmp_path / "32.tif")
+    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "float.tif")
+    for path in tmp_path.iterdir():
+        read = sample_command.read_picture(path, 16)
+        assert np.abs(read - 255 * ramp[..., None]).max() <= 1, path
+
+
+@pytest.mark.parametrize("values", [[-1, 0.5], [0, 200], [0, math.nan], [0, math.inf]])
+def test_floats_out_of_range_are_refused_by_name(tmp_path, values):
+    Image.fromarray(np.array([values], np.float32)).save(tmp_path / "odd.tif")
+    with pytest.raises(method.InputError, match="odd.tif.*not within 0 to 1"):
+        sample_command.read_picture(tmp_path / "odd.tif", 8)
+
+
+def test_pictures_of_other_kinds_are_read_in_their_colours(tmp_path):
+    red = Image.new("RGB", (16, 16), (250, 0, 0))
+    red.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=95)
+    red.quantize(4).save(tmp_path / "palette.png")
+    red.save(tmp_path / "animated.gif", save_all=True, append_images=[Image.new("RGB", (16, 16), "blue")])
+    red.save(tmp_path / "animated.webp", save_all=True, append_images=[Image.new("RGB", (16, 16), "blue")])
+    red.save(tmp_path / "a.bmp")
+    for path in tmp_path.iterdir():
+        assert np.abs(sample_command.read_picture(path, 16) - [250.0, 0, 0]).max() < 12, path
+    Image.new("1", (16, 16), 1).save(tmp_path / "one.png")
+    assert (sample_command.read_picture(tmp_path / "one.png", 16) == 255).all()
+    Image.new("L", (16, 16), 77).save(tmp_path / "grey.png")
+    assert (sample_command.read_picture(tmp_path / "grey.png", 16) == 77).all()
+
+
+@pytest.mark.parametrize("shape", [(160, 640), (640, 160), (161, 641)])
+def test_of_a_picture_that_is_not_square_the_centred_square_is_taken(tmp_path, shape):
+    picture = np.zeros((*shape, 3), np.uint8)  # black, and in the middle a white disc as wide as the short side
+    y, x = np.indices(shape)
+    middle = np.array(shape) / 2 - 0.5
+    picture[np.hypot(y - middle[0], x - middle[1]) < min(shape) / 2] = 255
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    read = sample_command.read_picture(tmp_path / "a.png", 32)[:, :, 0] / 255
+    assert read.mean() == pytest.approx(math.pi / 4, abs=0.01)
+    assert np.abs(read - read.T).max() < 0.15
+    assert read[16, 0] > 0.5
+    assert read[0, 0] < 0.05
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_large_pictures_are_reduced_with_antialiasing(tmp_path, suffix):
+    stripes = np.zeros((1024, 1024, 3), np.uint8)
+    stripes[:, ::2] = 255
+    stripes[:, 512:] //= 2
+    Image.fromarray(stripes).save(tmp_path / f"a.{suffix}", quality=95)
+    read = sample_command.read_picture(tmp_path / f"a.{suffix}", 32)
+    assert np.abs(read[:, :15] - 127.5).max() < 6
+    assert np.abs(read[:, 17:] - 63.5).max() < 6
+
+
+def test_a_large_jpeg_is_decoded_at_an_eighth_of_its_size(tmp_path, monkeypatch):
+    Image.new("RGB", (1024, 768), (90, 0, 0)).save(tmp_path / "a.jpg")
+    sizes = []
+    transpose = ImageOps.exif_transpose
+    monkeypatch.setattr(ImageOps, "exif_transpose", lambda image: sizes.append(image.size) or transpose(image))
+    sample_command.read_picture(tmp_path / "a.jpg", 32)
+    assert sizes == [(128, 96)]
+
+
+def damaged_files(folder: Path) -> list[Path]:
+    """Files that are called pictures and are none: cut off, empty, a text, and one of 225 megapixels."""
+    whole = folder / "whole.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(whole)
+    content = whole.read_bytes()
+    whole.unlink()
+    files = {"cut.png": content[:3000], "empty.jpg": b"", "text.png": b"not a picture"}
+    header = bytearray(content)
+    header[16:24] = (15000).to_bytes(4, "big") * 2
+    header[29:33] = zlib.crc32(header[12:29]).to_bytes(4, "big")
+    files["bomb.png"] = bytes(header)
+    for name, text in files.items():
+        (folder / name).write_bytes(text)
+    return [folder / name for name in files]
+
+
+def test_a_file_that_cannot_be_read_is_one_line_that_names_it(tmp_path):
+    for path in damaged_files(tmp_path):
+        with pytest.raises(method.InputError) as error:
+            sample_command.read_picture(path, 8)
+        assert path.name in str(error.value)
+        assert "take it away" in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def folder_settings(folder: Path, *flags: str):
+    settings = ["--dataset", "folder", "--data-dir", str(folder), "--image-size", "8", *flags]
+    return train_command.fill_defaults(train_command.make_parser().parse_args(settings))
+
+
+def write_picture(path: Path, colour=(200, 100, 0)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8), colour).save(path)
+
+
+def test_what_is_in_a_folder_is_said_and_what_systems_put_there_is_no_picture(tmp_path, capsys):
+    train = tmp_path / "train"
+    for name in ("frog/0.png", "frog/deeper/1.JPG", "toad/0.webp", "0.png", "__MACOSX/frog/._0.png"):
+        write_picture(train / name)
+    write_picture(train / ".ipynb_checkpoints/0.png")
+    for name in ("frog/._a.png", "frog/.DS_Store", "frog/a.HEIC", "frog/b.heic", "toad/notes", "newt/a.heic"):
+        (train / name).parent.mkdir(exist_ok=True)
+        (train / name).write_bytes(b"\0")
+    data = train_command.load_data(folder_settings(tmp_path))
+    assert data.captions == ["a photo of a frog", "a photo of a toad"]
+    assert list(data.labels) == [0, 0, 1]
+    line = capsys.readouterr().err.splitlines()[0]
+    assert "3 pictures in 2 classes" in line
+    for what in ("3 .heic", "1 without a suffix", "1 outside of the class folders", "1 class without pictures"):
+        assert what in line
+
+
+def test_class_names_and_prompts_are_compared_in_one_form_of_unicode(tmp_path):
+    decomposed = unicodedata.normalize("NFD", "Café")
+    write_picture(tmp_path / "train" / decomposed / "0.png")
+    data = train_command.load_data(folder_settings(tmp_path))
+    assert data.vocabulary == ("a", "photo", "of", unicodedata.normalize("NFC", "café"))
+    for vocabulary in (data.vocabulary, (*data.vocabulary[:3], decomposed.lower())):  # and checkpoints of before
+        config = method.Config(vocabulary)
+        for text in ("café", decomposed, "CAFÉ"):
+            assert sample_command.encode(config, [text])[0, 0] == 4
+
+
+def test_mirroring_can_be_switched_off(tmp_path):
+    ramp = np.linspace(0, 255, 8, dtype=np.uint8)[None, :, None].repeat(8, 0).repeat(3, 2)
+    (tmp_path / "train" / "b").mkdir(parents=True)
+    Image.fromarray(ramp).save(tmp_path / "train" / "b" / "0.png")
+    images = train_command.load_data(folder_settings(tmp_path, "--no-flip")).batch(64, torch.Generator())[0]
+    assert (images[:, :, :, 0] < images[:, :, :, -1]).all()
+
+
+@pytest.mark.parametrize("words", [1, 30])
+def test_captions_stay_clear_of_the_images_below_and_beside_them(words):
+    colours = [(200, 0, 0), (0, 150, 0), (0, 0, 250), (90, 90, 0)]
+    images = np.array([np.full((4, 4, 3), colour, np.uint8) for colour in colours])
+    captions = [" ".join(["wonderful"] * words)] * 4
+    sheet = np.array(sample_command.draw_samples(images, captions, columns=2))
+    for colour in colours:
+        assert (sheet == colour).all(axis=2).sum() == 112 * 112  # not a pixel is written over
+
+
+# --- Nothing is lost by a by-product ---------------------------------------------------------------------------------
+
+
+def test_pictures_and_metrics_that_cannot_be_written_are_warnings_and_training_goes_on(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "run"
+    for name in ("samples.png", "ratios.json", "curves.png"):
+        (out / name).mkdir(parents=True)
+    code, _, error = call(train_command, capsys, *TINY, "--steps", 8, "--out", out)
+    assert code == 0
+    assert error.count("warning: cannot write") == 4 * 3
+    assert "samples.png" in error
+    assert sample_command.read_checkpoint(out / "checkpoint.pt")[1]["step"] == 8
+    assert (out / "routing.png").exists()
+    assert lines_of(out)[-1]["step"] == 8
+    assert not list(out.glob("*.part"))
+
+
+def test_a_checkpoint_is_written_before_any_picture(tmp_path, capsys, monkeypatch):
+    seen = []
+
+    def write_pictures(run, out):
+        seen.append((run.step, sample_command.read_checkpoint(out / "checkpoint.pt")[1]["step"]))
+
+    monkeypatch.setattr(train_command, "write_pictures", write_pictures)
+    call(train_command, capsys, *TINY, "--steps", 8, "--save-every", 100, "--out", tmp_path)
+    assert seen == [(2, 2), (4, 4), (6, 6), (8, 8)]
+
+
+def test_a_second_run_in_a_folder_is_refused_at_its_start_and_the_lock_ends_with_the_first(tmp_path, capsys):
+    flags = [*TINY, "--steps", "100000", "--log-every", "1", "--out", str(tmp_path)]
+    line = [sys.executable, str(HERE / "train_cifar.py"), *flags]
+    first = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 60
+    while not (tmp_path / "metrics.jsonl").exists() and time.time() < deadline:
+        time.sleep(0.05)
+    (tmp_path / "checkpoint.pt").unlink(missing_ok=True)  # the second would not see a run
+    assert_refused(call(train_command, capsys, *flags), str(tmp_path), "another run", "--out")
+    first.kill()
+    first.wait()
+    (tmp_path / "checkpoint.pt").unlink(missing_ok=True)
+    (tmp_path / "checkpoint.pt.1.part").write_bytes(b"half")
+    assert call(train_command, capsys, *TINY, "--steps", 1, "--out", tmp_path)[0] == 0
+    assert not list(tmp_path.glob("*.part")) + list(tmp_path.glob(".lock"))
+
+
+@pytest.mark.parametrize("flags", ["--out .", "--out a_folder", "--npz a_file/s.npz", "--npz a_folder"])
+def test_where_sampling_will_write_is_checked_before_it_samples(finished, tmp_path, monkeypatch, capsys, flags):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a_folder").mkdir()
+    (tmp_path / "a_file").touch()
+    monkeypatch.setattr(sample_command, "images_from_prompts", None)
+    result = call(sample_command, capsys, "--checkpoint", finished / "checkpoint.pt", *flags.split())
+    assert_refused(result, f"cannot write {flags.split()[1]}")
+
+
+def test_a_folder_that_holds_other_pictures_takes_no_new_ones(finished, tmp_path, capsys):
+    start = ["--checkpoint", finished / "checkpoint.pt", "--steps", 1, "--out", tmp_path / "s.png"]
+    start += ["--prompt", "a red circle", "--png-dir", tmp_path / "png"]
+    assert call(sample_command, capsys, *start, "--num", 3)[0] == 0
+    before = snapshot(tmp_path)
+    assert_refused(call(sample_command, capsys, *start, "--num", 1), "--png-dir", "000001.png")
+    assert snapshot(tmp_path) == before
+    assert call(sample_command, capsys, *start, "--num", 4)[0] == 0  # all of the old ones are replaced
+    assert len(list((tmp_path / "png").iterdir())) == 4
+
+
+def test_a_path_that_the_terminal_cannot_print_costs_nothing(finished, tmp_path):
+    out = tmp_path / "写真.png"
+    flags = ["--checkpoint", finished / "checkpoint.pt", "--steps", 1, "--out", out]
+    narrow = os.environ | {"PYTHONIOENCODING": "cp1252"}
+    result = command("sample.py", *flags, env=narrow)
+    assert result.returncode == 0, result.stderr
+    assert out.exists()
+    run = tmp_path / "走"
+    result = command("train_cifar.py", *TINY, "--steps", 1, "--out", run, env=narrow)
+    assert result.returncode == 0, result.stderr
+    assert (run / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("mode, low, high, words", [
+    ("L", 0, 1, ["no pixel", "1 of 255"]),
+    ("L", 0, 0, ["no pixel"]),
+    ("L", 255, 255, ["all of"]),
+    ("RGBA", (255, 255, 255, 255), (255, 255, 255, 0), ["all of"]),
+])  # fmt: skip
+def test_a_mask_under_which_nothing_or_everything_is_generated_is_refused(tmp_path, mode, low, high, words):
+    write_picture(tmp_path / "p.png")
+    mask = Image.new(mode, (8, 8), low)
+    mask.paste(high, (0, 0, 4, 8))
+    mask.save(tmp_path / "m.png")
+    with pytest.raises(method.InputError) as error:
+        sample_command.read_inpainting(tmp_path / "p.png", tmp_path / "m.png", 8)
+    assert all(word in str(error.value) for word in [*words, "m.png", "paint"])
+
+
+@pytest.mark.parametrize("mode, kept, generated", [
+    ("1", 0, 1), ("L", 20, 230), ("RGB", (255, 0, 0), (255, 255, 255)), ("RGBA", (0, 0, 0, 255), (0, 0, 0, 0)),
+])  # fmt: skip
+def test_in_a_mask_what_is_white_or_transparent_is_generated(tmp_path, mode, kept, generated):
+    write_picture(tmp_path / "p.png", (51, 102, 255))
+    mask = Image.new(mode, (8, 8), kept)
+    mask.paste(generated, (0, 0, 4, 8))
+    mask.save(tmp_path / "m.png")
+    read = sample_command.read_inpainting(tmp_path / "p.png", tmp_path / "m.png", 8)
+    assert torch.equal(read["mask"], (torch.arange(8) < 4).float().expand(1, 8, 8))
+    torch.testing.assert_close(read["known"], torch.tensor([-0.6, -0.2, 1.0])[:, None, None].expand(3, 8, 8))
+
+
+def test_a_photo_and_a_mask_fit_if_they_do_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (12, 8), "red").save(tmp_path / "p.png", exif=exif)  # stored lying
+    mask = Image.new("L", (8, 12), 0)
+    mask.paste(255, (0, 0, 4, 12))
+    mask.save(tmp_path / "m.png")
+    read = sample_command.read_inpainting(tmp_path / "p.png", tmp_path / "m.png", 8)
+    assert torch.equal(read["mask"], (torch.arange(8) < 4).float().expand(1, 8, 8))
+
+
+def test_a_run_does_not_go_on_with_another_number_of_pictures(tmp_path, capsys):
+    write_picture(tmp_path / "train" / "frog" / "0.png")
+    flags = [*TINY, "--dataset", "folder", "--data-dir", tmp_path, "--image-size", 8]
+    assert call(train_command, capsys, *flags, "--steps", 1, "--out", tmp_path / "run")[0] == 0
+    write_picture(tmp_path / "train" / "frog" / "1.png")
+    before = snapshot(tmp_path)
+    result = call(train_command, capsys, "--out", tmp_path / "run", "--resume", "--steps", 2)
+    assert_refused(result, "began with 1 pictures", "now there are 2")
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("system, expected", [
+    ("posix", "python train_cifar.py --out 'my runs/a' --resume"),
+    ("nt", 'python train_cifar.py --out "my runs/a" --resume'),
+])  # fmt: skip
+def test_the_hint_how_to_go_on_can_be_pasted_on_every_system(monkeypatch, system, expected):
+    monkeypatch.setattr(train_command.os, "name", system)
+    assert train_command.command_line(["train_cifar.py", "--out", "my runs/a", "--resume"]) == expected
+
+
+def test_a_signal_that_is_ignored_stays_ignored(monkeypatch):
+    """As nohup does with SIGHUP."""
+    if not hasattr(signal, "SIGHUP"):
+        pytest.skip("no SIGHUP on this system")
+    before = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        received = train_command.stop_on_signals()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert received == []
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert received == [signal.SIGTERM]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

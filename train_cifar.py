@@ -419,6 +419,7 @@ class Run:
     loss_sums: Tensor  # (R,), of the losses of the images, by timestep region
     image_counts: Tensor  # (R,)
     norm_sum: Tensor  # (), of the gradient norms of the steps
+    summed_steps: int = 0  # how many these are
     step: int = 0  # steps done
     seconds: float = 0.0  # spent in them
     metrics: list[dict] = field(default_factory=list)  # the lines of metrics.jsonl
@@ -482,6 +483,7 @@ def restore(run: Run, checkpoint: dict) -> None:
         run.loss_sums.copy_(checkpoint["sums"][0, :-1])
         run.image_counts.copy_(checkpoint["sums"][1, :-1])
         run.norm_sum.copy_(checkpoint["sums"][0, -1])
+        run.summed_steps = int(checkpoint["sums"][1, -1])
         run.step = checkpoint["step"]
         run.seconds = checkpoint["seconds"]
         run.metrics = checkpoint["metrics"]
@@ -593,15 +595,10 @@ def add_to_sums(run: Run, t: Tensor, losses: Tensor, norm: Tensor) -> None:
     run.loss_sums += torch.where(finite, loss_sums, 0.0)
     run.norm_sum += torch.where(finite, norm, 0.0)
     run.image_counts += image_counts
+    run.summed_steps += 1
 
 
 # --- What is written -------------------------------------------------------------------------------------------------
-
-
-def steps_since_metrics(run: Run) -> int:
-    if not run.metrics:
-        return run.step
-    return run.step - run.metrics[-1]["step"]
 
 
 def finite_sums(run: Run) -> Tensor:
@@ -610,11 +607,11 @@ def finite_sums(run: Run) -> Tensor:
     Shape (2, R + 1), as in the checkpoint. Raises InputError if a loss or a gradient was not finite.
     """
     losses = torch.cat([run.loss_sums, run.norm_sum[None]])
-    counts = torch.cat([run.image_counts, torch.full_like(run.norm_sum, steps_since_metrics(run))[None]])
+    counts = torch.cat([run.image_counts, torch.full_like(run.norm_sum, run.summed_steps)[None]])
     sums = torch.stack([losses, counts]).cpu()
     if not sums.isfinite().all():
         regions = (~sums[0, :-1].isfinite()).nonzero().flatten().add(1).tolist() or "none"
-        where = f"in steps {run.step - steps_since_metrics(run) + 1} to {run.step}, timestep regions {regions}"
+        where = f"in steps {run.step - run.summed_steps + 1} to {run.step}, timestep regions {regions}"
         raise InputError(f"loss or gradient not finite {where}; what was saved before is good; try a lower --lr")
     return sums
 
@@ -638,6 +635,7 @@ def write_metrics(run: Run, out: Path) -> None:
     run.loss_sums.zero_()
     run.image_counts.zero_()
     run.norm_sum.zero_()
+    run.summed_steps = 0
     with by_product(), open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
