@@ -166,11 +166,11 @@ def ratio_gate(rank: Tensor, k: Tensor, ratio: Tensor) -> Tensor:
     Why there is a slope: if the layer skips a little less, one more token is processed, the next after the k best, and
     its gate goes from 0 to its full value. To first order that changes the loss by its derivative at gate 0. A factor
     with the value 0 and a slope gives the ratio just this gradient. As dk / dratio = -N, the slope is -N, shared among
-    the next e tokens (fewer if fewer bypass), which stand for it with less variance, and halved: -N / (2 e) each. In all
+    the next e tokens (fewer if fewer bypass), which stand for it with less variance, and halved: -N / (2 e) each. So
 
-        dloss / dratio = -N / (2 e) * (sum over the next e tokens of 2 score <dloss / dx, update>),
+        dloss / dratio = -N / (2 e) * (sum over the next e tokens of 2 score <dloss / dx, update>)
 
-    x being what the layer returns. If processing them lowers the loss, this is positive, and descent lowers the ratio.
+    with the layer's result x: positive if processing them would lower the loss, and descent then lowers the ratio.
 
     The half: skipping costs the difference of the loss between gate 0 and full gate, and the trapezoid rule takes the
     mean of the derivatives at both ends. At full gate it is taken to be 0: there the router has tuned the gate, if only
@@ -207,10 +207,7 @@ class RoutedLayer(nn.Module):
             nn.init.zeros_(parameter)
 
     def score_and_sort(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Every token's score (B, N), and the tokens' indices from best to worst (B, N).
-
-        Equal scores stay in order, row by row of the image from its top left corner: so at the start, all being equal.
-        """
+        """Every token's score (B, N), and the indices from best to worst (B, N); equal scores stay in raster order."""
         score = torch.sigmoid(self.router(x)).squeeze(2)
         return score, score.argsort(dim=1, descending=True, stable=True)
 
@@ -288,10 +285,7 @@ class DiT(nn.Module):
         self.ratios.clamp_(0, 1 - 1 / self.config.tokens)
 
     def encode_caption(self, words: Tensor) -> Tensor:
-        """Word ids (B, W) to caption tokens (B, W, D). The same for every denoising step, so computed once.
-
-        "No word" has an embedding too: padding is attended to, and averaged, as any word is.
-        """
+        """Word ids (B, W) to caption tokens (B, W, D), once for all steps. Padding is attended to as any word is."""
         return self.caption_encoder(self.embed_word(words) + self.word_positions)
 
     def forward(
@@ -311,13 +305,11 @@ class DiT(nn.Module):
         # PixArt's timestep conditioning, plus the mean of the caption's tokens (as in Stable Diffusion 3).
         condition = F.silu(self.embed_time(_waves(1000 * t, self.config.dim, 10_000)) + caption.mean(dim=1))  # (B, D)
         modulation = self.condition(condition).unflatten(1, (6, -1))  # (B, 6, D)
-        for i, layer in enumerate(self.layers):
-            if k is not None:
-                x = layer(x, modulation, caption, k=k[i])  # (B, N, D)
-            elif ratio is not None:
-                x = layer(x, modulation, caption, ratio=ratio[i])
-            else:
-                x = layer(x, modulation, caption)
+        none = [None] * len(self.layers)
+        k = none if k is None else k
+        ratio = none if ratio is None else ratio
+        for layer, k_of_layer, ratio_of_layer in zip(self.layers, k, ratio):
+            x = layer(x, modulation, caption, k=k_of_layer, ratio=ratio_of_layer)  # (B, N, D)
 
         shift, scale = self.condition_out(condition).unsqueeze(1).chunk(2, dim=2)  # (B, 1, D) each
         patches = self.out(_normalise(x, shift, scale))  # (B, N, 3 * p * p)
@@ -415,7 +407,8 @@ def sample(
         if hook is not None:
             hook(t, x0)
         # DDIM takes x0 for the image and goes to the next noise level along the noise that this implies. 2M takes what
-        # the last x0 and this one extrapolate to, in log(a / s); the first step has no last x0, the last ends at s = 0.
+        # the last x0 and this one extrapolate to, in log(a / s); the first step has no last x0, and at the end of the
+        # last one log(a / s) is infinite.
         image = x0
         if i < steps - 1:
             stride = math.log(a[i + 1] / s[i + 1]) - math.log(a[i] / s[i])

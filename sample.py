@@ -87,7 +87,7 @@ def to_uint8(images: torch.Tensor) -> np.ndarray:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called `name`; "auto" takes CUDA, then Apple's MPS, then the CPU. Raises InputError if it is not there.
+    """The device of this name; "auto" takes CUDA, then Apple's MPS, then the CPU. Raises InputError if it is missing.
 
     On CUDA, float32 matrix products run in TensorFloat-32 from here on: several times faster, with 10 bits of mantissa.
     """
@@ -358,7 +358,7 @@ def read_inpainting(picture: Path, mask: Path, size: int) -> dict[str, torch.Ten
         with Image.open(path) as image:
             shapes.append(ImageOps.exif_transpose(image).size)
     if shapes[0] != shapes[1]:
-        raise InputError(f"--inpaint {picture} and --mask {mask} must be of the same size, not {shapes[0]}, {shapes[1]}")
+        raise InputError(f"--inpaint {picture} and --mask {mask} must be of the same size, not {shapes}")
     generated = brightness >= 128
     if not generated.any():
         brightest = f"its brightest is {brightness.max():.0f} of 255"
@@ -406,7 +406,7 @@ def run_command(main: Callable[[], int | None]) -> None:
 def make_parser() -> Parser:
     parser = Parser(__doc__)
     add = parser.add_argument_group("what to draw").add_argument
-    add("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT, help="to sample from (default: the shipped one of shapes)")
+    add("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT, help="to sample from (default: assets/shapes_routed.pt)")
     add("--prompt", action="append", help="what to draw; repeatable (default: prompts kept in the checkpoint)")
     add("--num", type=number(int, 1, 10**6), default=1, help="images a prompt (default 1)")
     add("--seed", type=number(int, 0, 2**40), default=0, help="seed of the noise (default 0)")

@@ -915,7 +915,7 @@ def test_a_finished_run_can_be_extended_to_more_steps(finished, tmp_path, capsys
 def test_killed_and_interrupted_runs_resume_from_a_whole_checkpoint(tmp_path):
     path, line = tmp_path / "checkpoint.pt", [sys.executable, str(HERE / "train_cifar.py"), *TINY]
     line += ["--out", str(tmp_path), "--steps", "4000", "--save-every", "1"]  # so that a kill often hits a save
-    for number in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         before = path.stat().st_mtime_ns if path.exists() else 0
         flags = ["--resume"] if before else []
         process = subprocess.Popen(line + flags, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)

@@ -533,7 +533,7 @@ def training_batch(run: Run) -> tuple[Tensor, ...]:
 
 
 def random_noise_levels(count: int, mean: float, deviation: float, rng: torch.Generator) -> Tensor:
-    """Noise levels t (count,) in (0, 1] whose log(noise / signal) is normal (Karras et al. 2022), ascending, stratified.
+    """Noise levels t (count,) in (0, 1], log(noise / signal) being normal (Karras et al. 2022); ascending, stratified.
 
     So most images are rather clean: there the details are decided that an eye sees first.
     """
@@ -753,7 +753,8 @@ def draw_panel(
         if i == len(curves) - 1:
             colour, line_width = INK, 3
         values = [curve[0], *curve]  # a line of metrics tells of the steps before it
-        draw.line([(x_of(step), y_of(v)) for step, v in zip([0, *steps], values) if not math.isnan(v)], colour, line_width)
+        points = [(x_of(step), y_of(value)) for step, value in zip([0, *steps], values) if not math.isnan(value)]
+        draw.line(points, colour, line_width)
 
 
 # --- The command -----------------------------------------------------------------------------------------------------
@@ -808,7 +809,7 @@ def only_run_in(folder: Path) -> Iterator[None]:
 
 
 def stop_on_signals() -> list[int]:
-    """A list that will hold the first signal to stop. Training then ends after a step; a second signal ends it at once."""
+    """A list that will hold the signal to stop after the step that runs. A second signal ends the process at once."""
     received: list[int] = []
 
     def stop(signal_number: int, _) -> None:
