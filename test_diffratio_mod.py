@@ -25,6 +25,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from torch._subclasses import FakeTensorMode
 
 import diffratio_mod as method
 import sample as sample_command
@@ -912,13 +913,20 @@ def test_a_finished_run_can_be_extended_to_more_steps(finished, tmp_path, capsys
     assert [line["step"] for line in lines_of(tmp_path / "run")] == [2, 4, 6, 8, 10, 12]
 
 
+def heed_signals() -> None:
+    """For a new process: whoever runs the tests may ignore some, as nohup does, and what is ignored is inherited."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def test_killed_and_interrupted_runs_resume_from_a_whole_checkpoint(tmp_path):
     path, line = tmp_path / "checkpoint.pt", [sys.executable, str(HERE / "train_cifar.py"), *TINY]
     line += ["--out", str(tmp_path), "--steps", "4000", "--save-every", "1"]  # so that a kill often hits a save
     for number in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         before = path.stat().st_mtime_ns if path.exists() else 0
         flags = ["--resume"] if before else []
-        process = subprocess.Popen(line + flags, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        process = subprocess.Popen(line + flags, preexec_fn=heed_signals, **streams)
         deadline = time.time() + 60
         while process.poll() is None and time.time() < deadline:
             if path.exists() and path.stat().st_mtime_ns > before:
@@ -947,18 +955,6 @@ def test_a_checkpoint_gives_identical_samples_in_a_new_process(finished, tmp_pat
     assert all(np.array_equal(Image.open(tmp_path / "png" / f"{i:06d}.png"), array[i]) for i in range(4))
     assert (tmp_path / "s.png").exists() and (tmp_path / "s-routing.png").exists()
     assert "GFLOPs an image" in result.stdout and "mean ratio" in result.stdout
-
-
-def test_the_counted_operations_agree_with_a_count_by_hand():
-    config = method.Config(("a",), 32, 4, 64, 4, 2, 4)
-    for ratio, k in ((0.0, 64), (0.25, 48), (0.5, 32)):
-        d, n, w, p = 64, 64, 4, 4  # what a layer does for each token, and attention for each pair of tokens
-        token = 2 * d * d * (3 + 1 + 1 + 1 + 8)
-        layer = k * token + 2 * w * d * 2 * d + 4 * d * k * (k + w) + 2 * n * d  # the last: the router sees all tokens
-        other = n * (2 * 7 * p * p * d + 2 * 3 * p * p * d) + 2 * d * d * (2 + 6 + 2)
-        expected = 4 * (4 * layer + other) + 2 * w * (2 * d * d * (4 + 4) + 4 * d * w)  # four steps, captions once
-        counted = sample_command.sampling_flops(config, torch.full((4, 1), ratio), 4, 1.0)
-        assert counted == pytest.approx(expected, rel=0.01)
 
 
 def test_the_routing_that_is_recorded_is_what_was_processed(finished):
@@ -1460,3 +1456,344 @@ def test_a_signal_that_is_ignored_stays_ignored(monkeypatch):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+# --- Sampling: which words, which noise, what it costs, what is drawn ------------------------------------------------
+
+
+def test_words_have_the_ids_of_the_vocabulary_from_1_in_their_order_and_padding_comes_after():
+    config = method.Config(WORDS, caption_length=6)
+    captions = ["a red circle", "A BLUE  Square", "", "square square a a red blue"]
+    expected = [[1, 2, 4, 0, 0, 0], [1, 3, 5, 0, 0, 0], [0] * 6, [5, 5, 1, 1, 2, 3]]
+    assert sample_command.encode(config, captions).tolist() == expected
+    with pytest.raises(method.InputError, match="7 words"):
+        sample_command.encode(config, ["a a a a a a a"])
+
+
+def test_each_image_has_noise_of_its_own_whatever_the_batch_and_seeds_share_none(monkeypatch):
+    given = []
+
+    def keep_noise(model, words, noise, **options):
+        given.extend(noise)
+        return noise
+
+    monkeypatch.setattr(sample_command, "sample", keep_noise)
+    model = small_model()
+    for seed in (0, 1, 2):
+        for first, count in ((0, 3), (3, 1), (4, 4)):
+            sample_command.images_from_prompts(model, ["a red circle"] * count, seed, first)
+    expected = []
+    for seed, image in np.ndindex(3, 8):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + image)
+        expected.append(torch.randn(3, 12, 12, generator=generator))
+    assert torch.equal(torch.stack(given), torch.stack(expected))
+    assert len(torch.stack(given).flatten(1).unique(dim=0)) == 24
+
+
+@pytest.mark.parametrize("guidance, interval", [(1.0, (0.0, 1.0)), (3.0, (0.0, 1.0)), (3.0, (0.3, 0.8))])
+@pytest.mark.parametrize("mode", ["layer-timestep", "dense"])
+def test_the_counted_operations_are_those_of_a_run_with_guidance_and_unequal_columns(mode, guidance, interval):
+    """Two for each multiplication of a linear layer or of attention, counted by hooks while four images are drawn."""
+    model = small_model(mode)
+    operations = 0
+
+    def count_linear(linear, inputs, _):
+        nonlocal operations
+        operations += 2 * inputs[0].numel() * linear.out_features
+
+    def count_attention(layer, inputs, _):  # scores and weighted means: of tokens with tokens, then with words
+        nonlocal operations
+        B, n, D = inputs[0].shape
+        operations += 4 * B * D * n * (n + 5)
+
+    def count_caption_encoder(_, inputs, __):  # of two layers: qkv, out, an MLP twice as wide; attention of 5 words
+        nonlocal operations
+        B, n, D = inputs[0].shape
+        operations += 2 * (2 * B * n * D * D * (3 + 1 + 4) + 4 * B * D * n * n)
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and "caption_encoder" not in name:
+            module.register_forward_hook(count_linear)
+        if isinstance(module, method.Layer):
+            module.register_forward_hook(count_attention)
+    model.caption_encoder.register_forward_hook(count_caption_encoder)
+    options = {"steps": 7, "guidance": guidance, "guidance_interval": interval}
+    sample_command.images_from_prompts(model, ["a red circle"] * 4, 0, **options)
+    counted = sample_command.sampling_flops(model.config, model.ratios.detach(), 7, guidance, interval)
+    assert counted == pytest.approx(operations / 4, rel=1e-6)
+
+
+def sample_and_print(capsys, finished, tmp_path, *flags) -> tuple[np.ndarray, dict[str, float]]:
+    """The images that the command draws of two prompts, and the figures that it prints."""
+    start = ["--checkpoint", finished / "checkpoint.pt", "--out", tmp_path / "s.png", "--npz", tmp_path / "s.npz"]
+    start += ["--prompt", "a red circle", "--prompt", "a blue cross"]
+    code, output, error = call(sample_command, capsys, *start, *flags)
+    assert code == 0, error
+    words = output.replace(",", "").split()
+    figures = {"images": int(words[0]), "saved": float(words[words.index("fewer") - 1].rstrip("%"))}
+    figures["GFLOPs"] = float(words[words.index("GFLOPs") - 1])
+    figures["mean ratio"] = float(words[words.index("ratio") + 1])
+    return np.load(tmp_path / "s.npz")["arr_0"], figures
+
+
+@pytest.mark.parametrize("interval", [(0, 1), (0.4, 0.9)])
+def test_what_is_printed_is_what_was_done(finished, tmp_path, capsys, interval):
+    """Three steps, at t = 1, 2/3, 1/3, of a table with four columns: its second column, to 1/2 from 1/4, is used, too."""
+    table = torch.tensor([[0.0, 0.25, 0.5, 0.75], [0.0, 0.5, 0.25, 0.5]])
+    (tmp_path / "t.json").write_text(json.dumps(table.tolist()))
+    flags = ["--steps", 3, "--guidance", 2, "--num", 2, "--seed", 5, "--batch-size", 3, "--ratios", tmp_path / "t.json"]
+    flags += ["--guidance-interval", *interval]
+    images, figures = sample_and_print(capsys, finished, tmp_path, *flags)
+    model = sample_command.read_checkpoint(finished / "checkpoint.pt")[0]
+    assert not model.training
+    options = {"steps": 3, "guidance": 2.0, "guidance_interval": interval, "ratios": table}
+    captions = ["a red circle", "a red circle", "a blue cross", "a blue cross"]
+    assert np.array_equal(images, sample_command.images_from_prompts(model, captions, 5, **options))
+    assert figures["images"] == 4
+    assert figures["mean ratio"] == pytest.approx((0.75 + 0.5 + 0.5 + 0.25 + 0.25 + 0.5) / 6, abs=1e-3)
+    flops = sample_command.sampling_flops(model.config, table, 3, 2.0, interval)
+    dense = sample_command.sampling_flops(model.config, 0 * table, 3, 2.0, interval)
+    assert figures["GFLOPs"] == pytest.approx(flops / 1e9, abs=0.006)
+    assert figures["saved"] == pytest.approx(100 * (1 - flops / dense), abs=0.06)
+
+
+def test_k_is_rounded_to_a_multiple_and_stays_between_one_and_all(finished, tmp_path):
+    model = sample_command.read_checkpoint(finished / "checkpoint.pt")[0]  # of 16 tokens
+    (tmp_path / "t.json").write_text(json.dumps([[0.95, 0.6, 0.5], [0.0, 0.1, 0.2]]))
+    for multiple, expected in ((1, [[1, 6, 8], [16, 14, 13]]), (5, [[1, 5, 10], [15, 15, 15]]), (40, [[1] * 3] * 2)):
+        flags = ["--ratios", str(tmp_path / "t.json"), "--round-k", str(multiple)]
+        ratios = sample_command.table_of(sample_command.make_parser().parse_args(flags), model)
+        assert method.tokens_processed(ratios, 16).tolist() == expected
+        assert ratios.min() >= 0
+
+
+def test_bfloat16_gives_nearly_the_same_pictures(finished, tmp_path, capsys):
+    flags = ["--steps", 4, "--num", 3]
+    exact, _ = sample_and_print(capsys, finished, tmp_path, *flags)
+    rounded, _ = sample_and_print(capsys, finished, tmp_path, *flags, "--amp")
+    difference = np.abs(exact.astype(float) - rounded)
+    assert 0 < difference.mean() < 3
+
+
+def test_a_heat_map_has_noise_on_the_left_the_first_layer_on_top_and_means_at_its_edges():
+    table = torch.tensor([[0.0, 0.0, 0.9], [0.0, 0.3, 0.0]])
+    sheet = np.array(sample_command.draw_ratios(table, "title")).astype(float)
+    expected = [[0.9, 0.0, 0.0, 0.3], [0.0, 0.3, 0.0, 0.1], [0.45, 0.15, 0.0, 0.2]]
+    for row, column in np.ndindex(3, 4):
+        colour = sheet[84 + 50 * row + 8, 64 + 50 * column + 8]  # near the top left corner of each cell
+        np.testing.assert_allclose(colour, 255 - expected[row][column] * np.array([255, 195, 125]), atol=1)
+
+
+def test_a_routing_map_shows_the_processed_tokens_of_each_step_and_layer_bright(finished, monkeypatch):
+    model = sample_command.read_checkpoint(finished / "checkpoint.pt")[0]
+    for layer in model.layers:
+        torch.nn.init.normal_(layer.router.weight)
+    table = torch.tensor([[0.25, 0.5, 0.75], [0.5, 0.75, 0.0]])
+    grids, records, guesses = [], [], []
+    monkeypatch.setattr(sample_command, "draw_grid", lambda *arguments: grids.append(arguments))
+    options = {"steps": 3, "ratios": table}
+    sample_command.draw_routing(model, ["a red circle", "a blue cross"], 4, **options)
+    hooks = sample_command.record_routing(model, records)
+    keep = {"hook": lambda t, x0: guesses.append(sample_command.to_uint8(x0))}
+    sample_command.images_from_prompts(model, ["a red circle", "a blue cross"], 4, **keep, **options)
+    for hook in hooks:
+        hook.remove()
+    rows, _, row_names, column_names = grids[0]
+    assert row_names == ["guess", "layer 1", "layer 2"]
+    assert [name.splitlines()[0] for name in column_names] == ["a red circle", "", "", "a blue cross", "", ""]
+    for column, (image, step) in enumerate(np.ndindex(2, 3)):
+        guess = guesses[step][image]
+        assert np.array_equal(rows[0][column][0], guess)
+        for layer in range(2):
+            _, order = records[2 * step + layer]
+            drawn, text = rows[1 + layer][column]
+            for token in range(16):
+                y, x = 4 * (token // 4), 4 * (token % 4)
+                patch_of_guess = guess[y : y + 4, x : x + 4]
+                expected = patch_of_guess if token in order[image] else patch_of_guess // 5
+                assert np.array_equal(drawn[y : y + 4, x : x + 4], expected)
+            assert text == f"{table[layer, 2 - step]:.2f}"
+
+
+def test_auto_takes_cuda_then_mps_then_the_cpu_and_what_is_missing_is_refused(monkeypatch):
+    for cuda, mps, expected in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: mps)
+        assert sample_command.pick_device("auto").type == expected
+        assert sample_command.pick_device("cpu").type == "cpu"
+    with pytest.raises(method.InputError, match="cuda"):
+        sample_command.pick_device("cuda")
+
+
+# --- Settings and data sets ------------------------------------------------------------------------------------------
+
+
+def test_defaults_that_depend_on_other_settings(finished):
+    init = ["--init", finished / "checkpoint.pt"]  # 16 pixels, patches of 4, width 16, 2 layers, 2 heads
+    names = ["image_size", "patch_size", "dim", "depth", "heads", "steps", "dense_steps", "lr", "muon_lr", "noise"]
+    even, clean = [0.0, 1.6], [-1.0, 1.2]
+    table = {
+        "--dataset shapes": [24, 3, 128, 6, 4, 3000, 1800, 3e-3, 0.01, even],
+        "--dataset shapes --steps 100 --dim 64": [24, 3, 64, 6, 4, 100, 60, 6e-3, 0.01, even],
+        "--dataset shapes --init": [16, 4, 16, 2, 2, 750, 0, 6e-3, 0.0025, clean],
+        "": [32, 4, 128, 6, 4, 30_000, 18_000, 3e-3, 0.01, clean],
+        "--dataset folder --init": [16, 4, 16, 2, 2, 30_000, 0, 6e-3, 0.0025, clean],
+        "--init --steps 10 --dense-steps 4 --lr 0.5": [16, 4, 16, 2, 2, 10, 4, 0.5, 0.0025, clean],
+        "--noise 1 2 --muon-lr 0.1 --heads 2": [32, 4, 128, 6, 2, 30_000, 18_000, 3e-3, 0.1, [1, 2]],
+    }
+    for line, expected in table.items():
+        flags = [flag for word in line.split() for flag in (init if word == "--init" else [word])]
+        settings = settings_of(*flags)
+        given = [getattr(settings, name) for name in names]
+        assert given[:-1] == pytest.approx(expected[:-1]), line
+        assert given[-1] == expected[-1], line
+
+
+class TorchvisionSet:
+    """What torchvision's data sets have in common: pictures and labels of a half, here 40 bright pictures to train on."""
+
+    classes = ("Left Right", "dark")
+
+    def __init__(self, root, train=None, split=None, download=False) -> None:
+        assert (root, download) == ("data", True)
+        self.for_training = train if split is None else split == "train"
+        self.labels_are_ints = split is not None
+
+    def __len__(self) -> int:
+        return 40 if self.for_training else 10
+
+    def __getitem__(self, i: int):
+        if i >= len(self):
+            raise IndexError
+        ramp = np.linspace(100, 200, 28).astype(np.uint8)[None].repeat(28, 0)  # dark on the left
+        image = Image.fromarray(ramp if self.for_training else ramp // 4)
+        return image, i % 2
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+@pytest.mark.parametrize("name", [*train_command.TORCHVISION])
+def test_each_half_of_torchvision_s_sets_is_read_as_that_half_and_digits_are_never_mirrored(name, part, monkeypatch):
+    monkeypatch.setattr(train_command.torchvision.datasets, train_command.TORCHVISION[name], TorchvisionSet)
+    monkeypatch.setattr(train_command.importlib.util, "find_spec", lambda package: True)
+    data = train_command.load_data(settings_of("--dataset", name, "--image-size", 16), part)
+    assert data.size == (40 if part == "train" else 10)
+    images, captions, _ = data.batch(200, torch.Generator().manual_seed(0))
+    assert images.shape == (200, 3, 16, 16)
+    assert (images.mean() > 0) == (part == "train")
+    expected = ("0", "1") if name == "svhn" else ("left right", "dark")
+    assert set(captions) == {f"a photo of a {label}" for label in expected}
+    mirrored = (images[:, 0, 0, 0] > images[:, 0, 0, -1]).float().mean()
+    if part == "train" and name != "svhn":
+        assert 0.4 < mirrored < 0.6
+    else:
+        assert mirrored == 0
+
+
+def test_what_svhn_needs_is_said_before_it_is_downloaded(monkeypatch):
+    monkeypatch.setattr(train_command.importlib.util, "find_spec", lambda package: None)
+    monkeypatch.setattr(train_command.torchvision.datasets, "SVHN", None)
+    with pytest.raises(method.InputError, match="pip install scipy"):
+        train_command.load_data(settings_of("--dataset", "svhn"))
+
+
+@pytest.mark.parametrize("size", [16, 24, 32])
+def test_shapes_keep_their_place_in_pictures_of_every_size(size):
+    """All lengths grow with the picture. Radii are 8 to 11 for one object, 5.5 to 7 for two, in 32 pixels."""
+    _, captions, masks = train_command.Shapes(size).batch(4000, torch.Generator().manual_seed(1))
+    two = torch.tensor([len(caption.split()) > 3 for caption in captions])
+    assert float(two.float().mean()) == pytest.approx(0.6, abs=0.03)
+    circle, square, triangle, cross = math.pi, 1.72**2, 1.75 * 1.0104, 2 * 1.36 - 0.68**2  # areas at radius 1
+    mean_area = (circle + square + triangle + cross) / 4 / 32**2
+    area = masks.sum(dim=(2, 3)) / size**2
+    assert float(area[~two, 0].mean()) == pytest.approx(91 * mean_area, abs=0.004)  # 91: the mean of radius^2
+    assert float(area[two].mean()) == pytest.approx(39.25 * mean_area, abs=0.003)
+    assert area[~two, 1].max() == 0
+    edge = torch.ones(size, size)
+    edge[1:-1, 1:-1] = 0
+    at_the_edge = (masks * edge).amax(dim=(2, 3)) > 0.5
+    assert not at_the_edge[~two].any()
+    assert at_the_edge[two].float().mean() < 0.12
+
+
+def test_a_resumed_run_needs_no_init_and_a_new_one_takes_its_averaged_weights_for_both_models(finished, tmp_path, capsys):
+    init = tmp_path / "init.pt"
+    shutil.copy(finished / "checkpoint.pt", init)
+    flags = [*TINY, "--out", tmp_path / "run", "--log-every", 100]
+    assert call(train_command, capsys, *flags, "--init", init, "--steps", 2)[0] == 0
+    init.unlink()
+    assert call(train_command, capsys, "--out", tmp_path / "run", "--resume", "--steps", 3)[0] == 0
+    assert [line["step"] for line in lines_of(tmp_path / "run")] == [2, 3]  # the last step always has a line
+    run = next(steps_of("--init", finished / "checkpoint.pt"))
+    source = sample_command.read_checkpoint(finished / "checkpoint.pt")[0].state_dict()
+    for model in (run.model, run.ema):
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, source[name]), name
+
+
+def test_pictures_come_at_each_quarter_and_at_the_end_from_the_averaged_model(tmp_path, capsys, monkeypatch):
+    drawn = []
+
+    def keep_model(model, prompts, seed, **options):
+        drawn.append((model, seed))
+        return np.zeros((len(prompts), 16, 16, 3), np.uint8)
+
+    monkeypatch.setattr(train_command, "images_from_prompts", keep_model)
+    monkeypatch.setattr(train_command, "draw_routing", lambda *arguments, **options: Image.new("RGB", (9, 9)))
+    runs = []
+    step = train_command.training_step
+    monkeypatch.setattr(train_command, "training_step", lambda run, loss_of: runs.append(run) or step(run, loss_of))
+    assert call(train_command, capsys, *TINY, "--steps", 8, "--seed", 3, "--out", tmp_path)[0] == 0
+    assert len(drawn) == 4
+    assert all(model is runs[0].ema and seed == 3 for model, seed in drawn)
+    checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    for name, value in runs[0].ema.state_dict().items():
+        assert torch.equal(checkpoint["ema"][name], value)
+    assert 0 < checkpoint["seconds"] < 100
+    assert len(checkpoint["made_by"]) == 1 and "--seed 3" in checkpoint["made_by"][0]["command"]
+
+
+def test_word_positions_start_small():
+    model = method.DiT(method.Config(WORDS, dim=256, caption_length=64))
+    assert float(model.word_positions.detach().std()) == pytest.approx(0.02, rel=0.05)
+
+
+@pytest.mark.parametrize("mode", ["layer-timestep", "uniform"])
+def test_steps_of_training_and_sampling_run_on_a_pretended_cuda_device_and_read_nothing_back(mode, monkeypatch):
+
+    def to(model, device):  # Module.to cannot move pretended tensors
+        for module in model.modules():
+            for name, value in module.named_parameters(recurse=False):
+                module._parameters[name] = torch.nn.Parameter(value.detach().to(device), value.requires_grad)
+            for name, value in module.named_buffers(recurse=False):
+                module._buffers[name] = value.to(device)
+        return model
+
+    def batch(data, count, rng):  # captions are text, for which numbers would have to be read
+        return torch.rand(count, 3, 16, 16, generator=rng), ["a red circle"] * count, None
+
+    monkeypatch.setattr(method.DiT, "to", to)
+    monkeypatch.setattr(train_command.Shapes, "batch", batch)
+    patch(monkeypatch, "pick_device", lambda name: torch.device("cuda"))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        runs = steps_of("--mode", mode, "--dense-steps", 1, "--steps", 3)
+        run = next(runs)
+
+        def backward(loss):  # the true one asks for a driver; it is run without a device elsewhere
+            assert loss.device.type == "cuda"
+            for parameter in run.model.parameters():
+                if parameter.requires_grad:
+                    parameter.grad = torch.empty_like(parameter)
+
+        monkeypatch.setattr(torch.Tensor, "backward", backward)
+        for _ in range(2):
+            next(runs)
+        caption = run.model.encode_caption(torch.ones(2, 8, dtype=torch.long, device="cuda"))
+        noise = torch.randn(2, 3, 16, 16, device="cuda")
+        t = torch.ones(2, device="cuda")
+        result = run.model(noise, t, caption, noise, noise[:, :1], k=[16, 5])
+    tensors = [*run.model.state_dict().values(), *run.ema.state_dict().values(), run.loss_sums, run.image_counts, result]
+    for optimizer in (run.adamw, run.muon):
+        for state in optimizer.state.values():
+            tensors += [value for name, value in state.items() if name != "step"]
+    assert all(tensor.device.type == "cuda" for tensor in tensors)
+    assert run.norm_sum.device.type == "cuda"
