@@ -393,6 +393,7 @@ def sample(
     captions = model.encode_caption(words)
 
     noisy = noise
+    last_x0, last_stride = None, None  # of the step before
     for i, t in enumerate(levels[:-1].tolist()):
         halves = 2 if guided[i] else 1  # the conditional and, where guidance acts, the unconditional one, as one batch
         caption = captions[: halves * len(noise)]

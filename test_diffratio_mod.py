@@ -1538,10 +1538,11 @@ def sample_and_print(capsys, finished, tmp_path, *flags) -> tuple[np.ndarray, di
 
 @pytest.mark.parametrize("interval", [(0, 1), (0.4, 0.9)])
 def test_what_is_printed_is_what_was_done(finished, tmp_path, capsys, interval):
-    """Three steps, at t = 1, 2/3, 1/3, of a table with four columns: its second column, to 1/2 from 1/4, is used, too."""
+    """Three steps, at t = 1, 2/3, 1/3, of a table with four columns: the last one, the third and the second."""
     table = torch.tensor([[0.0, 0.25, 0.5, 0.75], [0.0, 0.5, 0.25, 0.5]])
     (tmp_path / "t.json").write_text(json.dumps(table.tolist()))
-    flags = ["--steps", 3, "--guidance", 2, "--num", 2, "--seed", 5, "--batch-size", 3, "--ratios", tmp_path / "t.json"]
+    flags = ["--steps", 3, "--guidance", 2, "--num", 2, "--seed", 5, "--batch-size", 3]
+    flags += ["--ratios", tmp_path / "t.json"]
     flags += ["--guidance-interval", *interval]
     images, figures = sample_and_print(capsys, finished, tmp_path, *flags)
     model = sample_command.read_checkpoint(finished / "checkpoint.pt")[0]
@@ -1650,7 +1651,7 @@ def test_defaults_that_depend_on_other_settings(finished):
 
 
 class TorchvisionSet:
-    """What torchvision's data sets have in common: pictures and labels of a half, here 40 bright pictures to train on."""
+    """What torchvision's data sets have in common: pictures and labels of a half, 40 bright ones to train on."""
 
     classes = ("Left Right", "dark")
 
@@ -1715,7 +1716,9 @@ def test_shapes_keep_their_place_in_pictures_of_every_size(size):
     assert at_the_edge[two].float().mean() < 0.12
 
 
-def test_a_resumed_run_needs_no_init_and_a_new_one_takes_its_averaged_weights_for_both_models(finished, tmp_path, capsys):
+def test_a_resumed_run_needs_no_init_and_a_new_one_takes_its_averaged_weights_for_both_models(
+    finished, tmp_path, capsys
+):
     init = tmp_path / "init.pt"
     shutil.copy(finished / "checkpoint.pt", init)
     flags = [*TINY, "--out", tmp_path / "run", "--log-every", 100]
@@ -1791,7 +1794,13 @@ def test_steps_of_training_and_sampling_run_on_a_pretended_cuda_device_and_read_
         noise = torch.randn(2, 3, 16, 16, device="cuda")
         t = torch.ones(2, device="cuda")
         result = run.model(noise, t, caption, noise, noise[:, :1], k=[16, 5])
-    tensors = [*run.model.state_dict().values(), *run.ema.state_dict().values(), run.loss_sums, run.image_counts, result]
+    tensors = [
+        *run.model.state_dict().values(),
+        *run.ema.state_dict().values(),
+        run.loss_sums,
+        run.image_counts,
+        result,
+    ]
     for optimizer in (run.adamw, run.muon):
         for state in optimizer.state.values():
             tensors += [value for name, value in state.items() if name != "step"]
