@@ -1793,8 +1793,21 @@ def test_word_positions_start_small():
     assert float(model.word_positions.detach().std()) == pytest.approx(0.02, rel=0.05)
 
 
+def cuda_can_be_pretended() -> bool:
+    """Some builds of PyTorch ask even pretended CUDA for a driver."""
+    try:
+        with FakeTensorMode():
+            torch.ones(1).to("cuda")
+    except (RuntimeError, AssertionError):
+        return False
+    return True
+
+
 @pytest.mark.parametrize("mode", ["layer-timestep", "uniform"])
 def test_steps_of_training_and_sampling_run_on_a_pretended_cuda_device_and_read_nothing_back(mode, monkeypatch):
+    if not cuda_can_be_pretended():
+        pytest.skip("this build of PyTorch cannot pretend to have CUDA")
+
 
     def to(model, device):  # Module.to cannot move pretended tensors
         for module in model.modules():
