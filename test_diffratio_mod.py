@@ -955,7 +955,7 @@ def heed_signals() -> None:
 def test_killed_and_interrupted_runs_resume_from_a_whole_checkpoint(tmp_path):
     path, line = tmp_path / "checkpoint.pt", [sys.executable, str(HERE / "train_cifar.py"), *TINY]
     line += ["--out", str(tmp_path), "--steps", "4000", "--save-every", "1"]  # so that a kill often hits a save
-    for number in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGKILL, signal.SIGTERM):
         before = path.stat().st_mtime_ns if path.exists() else 0
         flags = ["--resume"] if before else []
         streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
@@ -1105,7 +1105,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_a_checkpoint_is_written(
     factors[3, -1], steps = math.inf, iter(factors)  # at the fourth step, in the noisiest sixth of its images
     monkeypatch.setattr(train_command, "diffusion_loss", lambda *z, **options: loss(*z, **options) * next(steps))
     result = call(train_command, capsys, *TINY, "--steps", 40, "--log-every", 3, "--noise", 3, 1, "--out", tmp_path)
-    assert_refused(result, "not finite", "steps 4 to", "regions [3]", "saved before", "--lr")
+    assert_refused(result, "not finite", "steps 4 to", "regions [3]", "what was saved", "--lr")
     assert sample_command.read_checkpoint(tmp_path / "checkpoint.pt", "model")[1]["step"] == 3
 
 
@@ -1408,10 +1408,6 @@ def test_a_path_that_the_terminal_cannot_print_costs_nothing(finished, tmp_path)
     result = command("sample.py", *flags, env=narrow)
     assert result.returncode == 0, result.stderr
     assert out.exists()
-    run = tmp_path / "走"
-    result = command("train_cifar.py", *TINY, "--steps", 1, "--out", run, env=narrow)
-    assert result.returncode == 0, result.stderr
-    assert (run / "checkpoint.pt").exists()
 
 
 @pytest.mark.parametrize("mode, low, high, words", [
@@ -1474,21 +1470,26 @@ def test_the_hint_how_to_go_on_can_be_pasted_on_every_system(monkeypatch, system
     assert train_command.command_line(["train_cifar.py", "--out", "my runs/a", "--resume"]) == expected
 
 
-def test_a_signal_that_is_ignored_stays_ignored(monkeypatch):
-    """As nohup does with SIGHUP."""
-    if not hasattr(signal, "SIGHUP"):
-        pytest.skip("no SIGHUP on this system")
-    before = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)}
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_the_first_signal_asks_to_stop_and_one_that_is_ignored_stays_ignored(name):
+    """As nohup does with SIGHUP. A second one has the usual effect."""
+    number = getattr(signal, name, None)
+    if number is None:
+        pytest.skip(f"no {name} on this system")
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, number)}
     try:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        signal.signal(number, signal.SIG_DFL)
         received = train_command.stop_on_signals()
-        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), number)
+        assert received == [number]
+        assert signal.getsignal(number) == signal.SIG_DFL
+        signal.signal(number, signal.SIG_IGN)
+        received = train_command.stop_on_signals()
+        os.kill(os.getpid(), number)
         assert received == []
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert received == [signal.SIGTERM]
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 # --- Sampling: which words, which noise, what it costs, what is drawn ------------------------------------------------
@@ -1710,7 +1711,7 @@ def test_each_half_of_torchvision_s_sets_is_read_as_that_half_and_digits_are_nev
     monkeypatch.setattr(train_command.torchvision.datasets, train_command.TORCHVISION[name], TorchvisionSet)
     monkeypatch.setattr(train_command.importlib.util, "find_spec", lambda package: True)
     data = train_command.load_data(settings_of("--dataset", name, "--image-size", 16), part)
-    assert data.size == (40 if part == "train" else 10)
+    assert data.length == (40 if part == "train" else 10)
     images, captions, _ = data.batch(200, torch.Generator().manual_seed(0))
     assert images.shape == (200, 3, 16, 16)
     assert (images.mean() > 0) == (part == "train")

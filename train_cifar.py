@@ -1,4 +1,4 @@
-"""Train a DiffRatio-MoD model: first densely, or from a dense checkpoint, then learn its compression ratios.
+"""Train a DiffRatio-MoD model: first densely, or start from a dense checkpoint; then learn its compression ratios.
 
     python train_cifar.py --dataset shapes --init assets/shapes_dense.pt   # the main job, minutes on two CPU cores
     python train_cifar.py                                                  # CIFAR-10, for a GPU
@@ -6,7 +6,8 @@
     python train_cifar.py --dataset shapes --resume --steps 1500           # go on with a run, here for longer
 
 Leaves in a run folder (--out, default runs/DATASET): checkpoint.pt, metrics.jsonl, ratios.json (the learned table), and
-the pictures curves, ratios, samples and routing (which tokens a layer processed), renewed at each quarter of the run.
+the pictures curves, ratios, samples and routing (which tokens a layer processed). Table and pictures are made anew at
+each quarter of the run.
 
 From top to bottom: settings, data, model and optimizers, the loop, what is written, the command.
 """
@@ -28,7 +29,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # before torch: threads that wait soon sleep, so that others can work
@@ -90,7 +91,7 @@ def make_parser() -> Parser:
     """The command line. A default that depends on other flags is None here, and filled in by fill_defaults."""
     count = number(int, 1, 10**9)
     count_or_none = number(int, 0, 10**9)
-    share = number(float, 0, 1)
+    zero_to_one = number(float, 0, 1)
     size = number(int, 1, 2048)
     parser = Parser(__doc__)
     add = parser.add_argument_group("the run").add_argument
@@ -113,14 +114,14 @@ def make_parser() -> Parser:
     add("--target-ratio", type=number(float, 0, 0.99), default=0.3, help="share that bypasses (default 0.3)")
     add("--timestep-regions", type=number(int, 1, 1000), default=10, help="columns of the table (default 10)")
     add("--ratio-weight", type=number(float, 0, 1e4), default=2.0, help="of the pull; 0: off (default 2)")
-    add("--ratio-lr", type=share, default=1e-2, help="learning rate of the ratios (default 0.01)")
+    add("--ratio-lr", type=zero_to_one, default=1e-2, help="learning rate of the ratios (default 0.01)")
     add("--dense-steps", type=count_or_none, help="first, without routing (default 60 %% of the steps; with --init 0)")
     add = parser.add_argument_group("the network and its training").add_argument
-    add("--lr", type=share, help="peak, for AdamW (default 3e-3 * 128 / dim; a quarter of it with --init)")
-    add("--muon-lr", type=share, help="peak, for the layers' matrices (default 0.01; a quarter of it with --init)")
+    add("--lr", type=zero_to_one, help="peak, for AdamW (default 3e-3 * 128 / dim; a quarter of it with --init)")
+    add("--muon-lr", type=zero_to_one, help="peak, for the layers' matrices (default 0.01; a quarter with --init)")
     add("--noise", type=number(float, -9, 9), nargs=2, metavar=("MEAN", "DEVIATION"),
         help="of log(noise / signal) (default -1 1.2; shapes from nothing 0 1.6)")  # fmt: skip
-    add("--image-size", type=size, help="pixels (default 32, shapes 24; with --init as there, and so the next four)")
+    add("--image-size", type=size, help="pixels (default 32, shapes 24; with --init these five as there)")
     add("--patch-size", type=size, help="pixels (default 4, shapes 3)")
     add("--dim", type=size, help="width (default 128)")
     add("--depth", type=size, help="layers (default 6)")
@@ -155,9 +156,9 @@ def fill_defaults(given: argparse.Namespace) -> argparse.Namespace:
         default("steps", 30_000)
     default("steps", 750 if s.init else 3000)
     default("dense_steps", 0 if s.init else round(0.6 * s.steps))
-    peak = 0.25 if s.init else 1.0  # a trained network is changed more gently
-    default("lr", peak * 3e-3 * 128 / s.dim)
-    default("muon_lr", peak * 0.01)
+    gentleness = 0.25 if s.init else 1.0  # a trained network is changed more gently
+    default("lr", gentleness * 3e-3 * 128 / s.dim)
+    default("muon_lr", gentleness * 0.01)
     if shapes and not s.init:
         default("noise", [0.0, 1.6])  # much noise teaches layout
     default("noise", [-1.0, 1.2])
@@ -183,7 +184,7 @@ COLOURS = {  # RGB in [0, 1], far from each other in hue; backgrounds are nearly
 SHAPES = ("circle", "square", "triangle", "cross")
 RELATIONS = ("above", "below", "left of", "right of")
 HELD_OUT = (("purple", "circle"), ("green", "square"), ("yellow", "triangle"), ("blue", "cross"))  # never trained on
-PROMPTS = (
+PROMPTS = (  # to show; some have held-out pairs
     "a red circle",
     "a yellow square",
     "a green triangle",
@@ -209,7 +210,7 @@ class Shapes:
     caption_length = 8
     prompts = PROMPTS
     vocabulary = tuple(dict.fromkeys(["a", *COLOURS, *SHAPES, *" ".join(RELATIONS).split()]))  # each word once
-    size = None  # without an end
+    length = None  # without an end
 
     def __init__(self, image_size: int = 32, pairs: str = "seen") -> None:
         self.image_size = image_size
@@ -252,7 +253,8 @@ class Shapes:
         """
         unit = self.image_size / 32
         middle = self.image_size / 2
-        small, large, along, across, alone = torch.rand(5, len(two), 2, generator=rng)  # (count, 2) each
+        # Uniform in [0, 1), (count, 2) each.
+        small, large, along, across, alone = torch.rand(5, len(two), 2, generator=rng)
         radius = unit * torch.where(two, 5.5 + 1.5 * small, 8 + 3 * large)
 
         first_comes_first = (relation == 0) | (relation == 2)  # (count, 1)
@@ -289,18 +291,19 @@ def draw_shapes(shape: Tensor, centre: Tensor, radius: Tensor, size: int) -> Ten
     upright_bar = torch.maximum(x.abs() - 0.34 * r, y.abs() - r)
     flat_bar = torch.maximum(x.abs() - r, y.abs() - 0.34 * r)
     distances = torch.stack([circle, square, triangle, torch.minimum(upright_bar, flat_bar)])  # in the order of SHAPES
+    # Of the four, each object has the distance to its own shape.
     distance = distances.gather(0, shape[None, ..., None, None].expand_as(distances[:1]))[0]
     return (0.5 - distance).clamp(0, 1)
 
 
 class Pictures:
-    """Images (count, S, S, 3), uint8, captioned "a photo of a CLASS"; flip: mirrored ones are as good."""
+    """Images (count, S, S, 3), uint8, captioned "a photo of a CLASS"; flip: half of them are mirrored at random."""
 
     def __init__(self, images: np.ndarray, labels: Sequence[int], classes: Sequence[str], flip: bool) -> None:
         self.images = torch.from_numpy(images).permute(0, 3, 1, 2)
         self.labels = labels
         self.flip = flip
-        self.size = len(images)
+        self.length = len(images)
         self.captions = ["a photo of a " + " ".join(words_of(name.replace("_", " "))) for name in classes]
         self.vocabulary = tuple(dict.fromkeys(" ".join(self.captions).split()))  # each word once
         self.caption_length = max(8, max(len(caption.split()) for caption in self.captions))
@@ -333,10 +336,10 @@ def load_data(s: argparse.Namespace, part: str = "train") -> Shapes | Pictures:
     half = {"split": part} if s.dataset == "svhn" else {"train": part == "train"}
     with input_errors(f"no --dataset {s.dataset} in --data-dir {s.data_dir}, and no download (shapes needs no data)"):
         dataset = getattr(torchvision.datasets, TORCHVISION[s.dataset])(s.data_dir, download=True, **half)
-        images = np.stack([to_square(image, s.image_size) for image, _ in dataset])
-    labels = [label for _, label in dataset]
+        pictures = [(to_square(image, s.image_size), label) for image, label in dataset]
+    images, labels = zip(*pictures)
     classes = "0123456789" if s.dataset == "svhn" else dataset.classes
-    return Pictures(images, labels, classes, flip)
+    return Pictures(np.stack(images), labels, classes, flip)
 
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".gif", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
@@ -361,7 +364,7 @@ def load_folder(data_dir: Path, part: str, size: int, flip: bool) -> Pictures:
 
 
 def find_pictures(folder: Path) -> tuple[dict[str, list[Path]], collections.Counter]:
-    """The picture files of each class folder, in order, and how many other files of each kind there are."""
+    """The picture files of each class folder, in order, and what was left out: how many of each kind."""
     by_class: dict[str, list[Path]] = {}
     left_out: collections.Counter = collections.Counter()
     for where, _, names in sorted(os.walk(folder, followlinks=True)):
@@ -412,7 +415,7 @@ class Run:
     settings: argparse.Namespace  # all filled in
     data: Shapes | Pictures
     model: DiT  # what is trained
-    ema: DiT  # its average over the last steps, which samples
+    ema: DiT  # its average over the last steps, used for sampling
     adamw: torch.optim.AdamW
     muon: torch.optim.Muon
     # Sums since the last line of metrics. They stay on the device: to read them makes a GPU wait.
@@ -473,9 +476,9 @@ def restore(run: Run, checkpoint: dict) -> None:
     with input_errors("the run cannot go on, its data or checkpoint is another"):
         if checkpoint["config"] != asdict(run.model.config):
             raise InputError("the words or sizes differ")
-        pictures = checkpoint.get("pictures", run.data.size)
-        if pictures != run.data.size:
-            raise InputError(f"it began with {pictures} pictures, now there are {run.data.size}")
+        pictures = checkpoint.get("pictures", run.data.length)  # older checkpoints do not tell
+        if pictures != run.data.length:
+            raise InputError(f"it began with {pictures} pictures, now there are {run.data.length}")
         run.model.load_state_dict(checkpoint["model"])
         run.ema.load_state_dict(checkpoint["ema"])
         run.adamw.load_state_dict(checkpoint["adamw"])
@@ -499,6 +502,8 @@ def train(s: argparse.Namespace, checkpoint: dict | None = None) -> Iterator[Run
     Randomness comes from seed and step, so a resumed run draws what an unbroken one would. Nothing is read back from
     the device here.
     """
+    if s.compile and not (os.environ.get("CXX") or any(map(shutil.which, ("c++", "g++", "clang++", "cl")))):
+        raise InputError("--compile needs a C++ compiler, as g++; install one, or leave the flag out")
     run = start_run(s)
     if checkpoint:
         restore(run, checkpoint)
@@ -506,11 +511,7 @@ def train(s: argparse.Namespace, checkpoint: dict | None = None) -> Iterator[Run
         take_weights(run, s.init)
     yield run
 
-    loss_of = diffusion_loss
-    if s.compile:
-        if not (os.environ.get("CXX") or any(shutil.which(name) for name in ("c++", "g++", "clang++", "cl"))):
-            raise InputError("--compile needs a C++ compiler, as g++; install one, or leave the flag out")
-        loss_of = torch.compile(diffusion_loss, fullgraph=True)
+    loss_of = torch.compile(diffusion_loss, fullgraph=True) if s.compile else diffusion_loss
     while run.step < s.steps:
         start = time.perf_counter()
         training_step(run, loss_of)
@@ -533,7 +534,7 @@ def training_batch(run: Run) -> tuple[Tensor, ...]:
 
 
 def random_noise_levels(count: int, mean: float, deviation: float, rng: torch.Generator) -> Tensor:
-    """Noise levels t (count,) in (0, 1], log(noise / signal) being normal (Karras et al. 2022); ascending, stratified.
+    """Noise levels t (count,) in [0.001, 1], log(noise / signal) being normal (Karras et al. 2022), one a stratum.
 
     So most images are rather clean: there the details are decided that an eye sees first.
     """
@@ -555,7 +556,7 @@ def training_step(run: Run, loss_of) -> None:
         attention = sdpa_kernel(SDPBackend.MATH)  # in bfloat16, a CPU's fused attention is slow backwards
     with attention, torch.autocast(t.device.type, torch.bfloat16, enabled=s.amp):
         losses = loss_of(model, images, words, mask, t, noise, routed)  # (B,)
-    losses = losses / schedule(t)[0] ** 2  # to v: see diffusion_loss
+    losses = losses / schedule(t)[0] ** 2  # from the loss of the noise to that of the velocity, see diffusion_loss
     loss = losses.mean()
     if routed and model.ratios.requires_grad:
         loss = loss + s.ratio_weight * ratio_loss(model.ratios, s.target_ratio)
@@ -571,7 +572,8 @@ def training_step(run: Run, loss_of) -> None:
     model.clamp_ratios()
 
     with torch.no_grad():
-        # Averaged over about the last tenth of the run, at most 2,000 steps; the ratios are not: the weights fit k.
+        # Averaged over about the last tenth of the run, at most 2,000 steps; the ratios are not:
+        # the weights fit the k that they have now.
         decay = min(0.9995, run.step / (run.step + 9))
         torch._foreach_lerp_(list(run.ema.parameters()), list(model.parameters()), 1 - decay)
         run.ema.ratios.copy_(model.ratios)
@@ -590,7 +592,7 @@ def add_to_sums(run: Run, t: Tensor, losses: Tensor, norm: Tensor) -> None:
     region = column_of(t, run.settings.timestep_regions)
     loss_sums = torch.zeros_like(run.loss_sums).index_add_(0, region, losses)
     image_counts = torch.zeros_like(run.image_counts).index_add_(0, region, torch.ones_like(losses))
-    # What is not finite stays as it was when it came first, so that finite_sums can tell where that was.
+    # Once a sum is not finite, nothing is added any more: finite_sums then tells where that came first.
     finite = run.loss_sums.isfinite().all() & run.norm_sum.isfinite()
     run.loss_sums += torch.where(finite, loss_sums, 0.0)
     run.norm_sum += torch.where(finite, norm, 0.0)
@@ -612,7 +614,7 @@ def finite_sums(run: Run) -> Tensor:
     if not sums.isfinite().all():
         regions = (~sums[0, :-1].isfinite()).nonzero().flatten().add(1).tolist() or "none"
         where = f"in steps {run.step - run.summed_steps + 1} to {run.step}, timestep regions {regions}"
-        raise InputError(f"loss or gradient not finite {where}; what was saved before is good; try a lower --lr")
+        raise InputError(f"loss or gradient not finite {where}; what was saved is good; try a lower --lr in a new run")
     return sums
 
 
@@ -645,7 +647,7 @@ def save_checkpoint(run: Run, path: Path) -> None:
     state = {
         "config": asdict(run.model.config),
         "prompts": list(run.data.prompts),
-        "pictures": run.data.size,
+        "pictures": run.data.length,
         "settings": vars(run.settings),
         "model": run.model.state_dict(),
         "ema": run.ema.state_dict(),
@@ -748,11 +750,11 @@ def draw_panel(
         draw.text((x_of(step), bottom + 4), f"{step:.0f}", INK, SMALL_FONT, "ma")
     for i, curve in enumerate(curves):
         red = (i + 1) / len(curves)
-        colour = (round(270 * red), 70, round(270 * (1 - red)))
+        colour = (round(255 * red), 70, round(255 * (1 - red)))
         line_width = 2
         if i == len(curves) - 1:
             colour, line_width = INK, 3
-        values = [curve[0], *curve]  # a line of metrics tells of the steps before it
+        values = [curve[0], *curve]  # a line of metrics tells of the steps before it: the first from step 0 on
         points = [(x_of(step), y_of(value)) for step, value in zip([0, *steps], values) if not math.isnan(value)]
         draw.line(points, colour, line_width)
 
@@ -773,7 +775,8 @@ def read_settings(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Path,
         raise InputError(f"{out} holds no run to go on with; another --out starts a new one")
     checkpoint = read_checkpoint(path, "model")[1]
     with input_errors(f"cannot go on with {path}"):
-        saved = make_parser().parse_args([], argparse.Namespace(**checkpoint["settings"]))  # and flags newer than it
+        saved = argparse.Namespace(**checkpoint["settings"])
+        saved = make_parser().parse_args([], saved)  # for flags that are newer than it, their defaults
         s = make_parser().parse_args(argv, argparse.Namespace(**vars(saved)))  # flags that are given replace its own
         for name, value in vars(saved).items():
             if name not in MAY_CHANGE and getattr(s, name) != value:
@@ -805,6 +808,7 @@ def only_run_in(folder: Path) -> Iterator[None]:
                 part.unlink()
             yield
         finally:
+            file.close()  # before it is removed, as Windows wants it
             path.unlink(missing_ok=True)
 
 
@@ -839,23 +843,24 @@ def main(argv: Sequence[str] | None = None) -> int | None:
 def train_and_write(s: argparse.Namespace, out: Path, checkpoint: dict | None) -> int | None:
     """Train, and leave in the run folder what a run leaves there; returns an exit code if a signal stopped it."""
     path = out / "checkpoint.pt"
-    steps = train(s, checkpoint)
-    run = next(steps)
+    training = train(s, checkpoint)
+    run = next(training)
     metrics = "".join(json.dumps(line) + "\n" for line in run.metrics)  # lines after the checkpoint will come again
     (out / "metrics.jsonl").write_text(metrics, encoding="utf-8")
     stop_signals = stop_on_signals()
-    with tqdm(steps, total=s.steps, initial=run.step, unit="step", dynamic_ncols=True) as bar:
+    with tqdm(training, total=s.steps, initial=run.step, unit="step", dynamic_ncols=True) as bar:
         for run in bar:
+            stopping = len(stop_signals) > 0
             finished = run.step == s.steps
             quarter = run.step in (s.steps // 4, s.steps // 2, 3 * s.steps // 4)
             metrics_are_due = run.step % s.log_every == 0 or finished
             if metrics_are_due:
                 write_metrics(run, out)
-            if stop_signals or finished or quarter or run.step % s.save_every == 0:
+            if stopping or finished or quarter or run.step % s.save_every == 0:
                 save_checkpoint(run, path)
-            if stop_signals:
+            if stopping:
                 bar.close()
-                again = command_line([sys.argv[0], "--dataset", s.dataset, "--out", out, "--resume"])
+                again = command_line([sys.argv[0], "--out", out, "--resume"])
                 print(f"stopped after step {run.step}, saved to {path}; go on with: {again}", file=sys.stderr)
                 return 128 + stop_signals[0]
             if metrics_are_due:
