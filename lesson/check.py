@@ -28,7 +28,7 @@ SOLUTION = "my_solution"  # the name under which a student's file is imported
 class Failure:
     test: str
     property: str  # the name of the test in words
-    message: str  # the first line of what went wrong, with the line of the student's file if it failed there
+    message: str  # the first lines of what went wrong, with the line of the student's file if it failed there
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,10 @@ class Watch:
         error = call.excinfo
         if error is None or error.errisinstance(pytest.skip.Exception):
             return
-        lines = str(error.value).strip().splitlines() or [""]
-        text = f"{error.type.__name__}: {lines[0]}"
+        lines = [line.strip() for line in str(error.value).splitlines() if line.strip()]
+        if lines[1:] and lines[1].startswith("assert"):
+            lines = lines[:1]  # what the test says of it is enough
+        text = f"{error.type.__name__}: {' '.join(lines[:2])}"
         own = [entry.lineno + 1 for entry in error.traceback if str(entry.path) == str(self.path.resolve())]
         if own:
             text += f" (line {own[-1]})"

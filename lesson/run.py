@@ -50,6 +50,7 @@ def load(path: Path, name: str = "diffratio_mod") -> types.ModuleType:
         raise InputError(f"{path} stops while it is imported: {type(error).__name__}: {error}") from None
     missing = [public for public in PUBLIC if not hasattr(module, public)]
     if missing:
+        sys.modules.pop(name)
         raise InputError(f"{path} is not a version of diffratio_mod.py: it has no {', '.join(missing[:3])}")
     return module
 
