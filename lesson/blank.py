@@ -1,208 +1,107 @@
 """A student's version of diffratio_mod.py: the key parts of the method taken out, docstrings and all the rest kept.
 
-    python lesson/blank.py > my_solution.py           # everything blank; it overwrites, so do this once
-    python lesson/blank.py --keep 1 2 > demo.py       # the original answers of parts 1 and 2 left in
-    python lesson/blank.py --list                     # the parts in their order, and the tests that each turns green
-    python lesson/blank.py --tests 3                  # those of part 3, for pytest -k
+    python lesson/blank.py --out my_solution.py                 # everything blank
+    python lesson/blank.py --out my_solution.py --keep 1 2      # the original answers of parts 1 and 2 left in
+    python lesson/blank.py --check my_solution.py               # what is right, in half a minute
+    python lesson/blank.py --check my_solution.py 4 5           # parts 4 and 5 alone
+    python lesson/blank.py --check my_solution.py --json a.json # and a file for an autograder
+    python lesson/blank.py --wrong 4                            # two wrong answers to part 4, as files to hand out
+    python lesson/blank.py --list                               # the parts in their order, and the tests of each
 
-lesson/student.md is the text that goes with it. Where a part stands is found in the syntax tree, by what it is ("the
-branch `if ratio is not None` of RoutedLayer.forward"), so diffratio_mod.py needs no marks, and its lines may move.
+No file is ever overwritten but that of --json. lesson/student.md is the text that goes with it.
 """
 
 from __future__ import annotations
 
-import argparse
-import ast
+import json
 import sys
-import textwrap
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 
-ORIGINAL = Path(__file__).parents[1] / "diffratio_mod.py"
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+from check import check
+from parts import HANDED_OUT, ORIGINAL, PARTS, WRONG, blank, wrong_source
 
-# --- What can be taken out of a function: some statements of its body, in a row --------------------------------------
+from diffratio_mod import InputError
+from sample import Parser, number, replace_file, run_command
 
-Find = Callable[[ast.FunctionDef], list[ast.stmt]]  # returns nothing where it does not find them
-
-
-def whole_body(function: ast.FunctionDef) -> list[ast.stmt]:
-    return function.body[ast.get_docstring(function) is not None :]
-
-
-def branch(condition: str) -> Find:
-    """What is done `if` the condition holds."""
-    return lambda function: next((line.body for line in function.body if _asks(line, condition)), [])
+NUMBERS = range(1, len(PARTS) + 1)
 
 
-def after_branch(condition: str) -> Find:
-    """What is done if it does not hold, where the branch ends with a return: the rest of the function."""
-    return lambda function: next(
-        (function.body[i + 1 :] for i, line in enumerate(function.body) if _asks(line, condition)), []
-    )
+def write_new(path: Path, source: str) -> None:
+    """Write a file of Python that is not there yet. Raises InputError if it is."""
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(source)
+    except FileExistsError:
+        raise InputError(f"{path} is there already, with answers perhaps: give another name, or move it away") from None
+    print(f"wrote {path}")
 
 
-def assignments(*names: str) -> Find:
-    """The statements in a row that give these names their values, one each."""
-
-    def find(function: ast.FunctionDef) -> list[ast.stmt]:
-        given = [ast.unparse(line.targets[0]) if isinstance(line, ast.Assign) else "" for line in function.body]
-        places = [i for i in range(len(given)) if tuple(given[i : i + len(names)]) == names]
-        return function.body[places[0] : places[0] + len(names)] if places else []
-
-    return find
+def print_list() -> None:
+    for i, part in enumerate(PARTS, 1):
+        names = ", ".join(dict.fromkeys(gap.function for gap in part.gaps))
+        print(f"{i}  {part.title} (paper {part.paper}): {names}")
+        for test in part.tests:
+            print(f"     {test}")
 
 
-def _asks(line: ast.stmt, condition: str) -> bool:
-    return isinstance(line, ast.If) and ast.unparse(line.test) == condition
+def part_number(text: str) -> int:
+    if text not in map(str, NUMBERS):
+        raise InputError(f"{text!r} is no part: they have the numbers 1 to {len(PARTS)}, see --list")
+    return int(text)
 
 
-# --- The parts, in the order of the lesson ---------------------------------------------------------------------------
+def write_wrong(part: int) -> None:
+    """Write wrong answers to a part, each in a file that is else the original, and say what is wrong with each."""
+    answers = [answer for answer in WRONG if answer.part == part][:HANDED_OUT]
+    for i, answer in enumerate(answers, 1):
+        write_new(Path(f"wrong_{part}_{i}.py"), wrong_source(answer))
+        print(f"    {answer.mistake}")
 
 
-@dataclass(frozen=True)
-class Gap:
-    function: str  # its name, after that of its class
-    task: str  # short: it becomes the message of the NotImplementedError
-    find: Find = whole_body
-    frame: str = "{}"  # what stands around the raise
+def print_check(path: Path, numbers: list[int], json_path: Path | None) -> int:
+    """Grade the parts and print a line for each, and what was wrong. Gives the exit code: 0 if all are right."""
+    results = check(path, numbers or list(NUMBERS))
+    for result in results:
+        print(f"{result.part}  {result.title:32}{result.verdict}")
+        for failure in result.failures:
+            print(f"     {failure.property}\n       {failure.message}")
+    points = sum(result.verdict == "right" for result in results)
+    print(f"{points} of {len(results)}")
+    if json_path:
+        content = {"points": points, "of": len(results), "parts": [asdict(result) for result in results]}
+        with replace_file(json_path) as file:
+            file.write((json.dumps(content, indent=1) + "\n").encode())
+    return 0 if points == len(results) else 1
 
 
-@dataclass(frozen=True)
-class Part:
-    title: str
-    paper: str  # section
-    gaps: list[Gap]
-    tests: list[str]  # that are red before this part is filled in, and green after it
-
-
-PARTS = [
-    Part(
-        "The columns of the table",
-        "3.4",
-        [Gap("column_of", "the column of each noise level")],
-        ["test_method_columns_cut_the_noise_levels_evenly_in_training_and_sampling"],
-    ),
-    Part(
-        "The pull",
-        "3.3",
-        [Gap("ratio_loss", "what pulls the mean ratio to the target")],
-        ["test_method_ratio_loss_pulls_all_cells_alike_towards_the_target"],
-    ),
-    Part(
-        "From a ratio to k",
-        "3.3",
-        [Gap("tokens_processed", "how many tokens are processed at each ratio")],
-        ["test_method_tokens_processed_are_the_nearest_whole_number_from_one_to_all"],
-    ),
-    Part(
-        "A zero with a slope",
-        "3.3",
-        [Gap("ratio_gate", "1 for the k best, 0 for the others, but for the next e with a slope")],
-        ["test_method_ratio_gate_chooses_the_k_best_and_has_the_slope_that_its_docstring_promises"],
-    ),
-    Part(
-        "The routed layer",
-        "3.2",
-        [
-            Gap("RoutedLayer.score_and_sort", "every token's score, and the tokens from best to worst"),
-            Gap("RoutedLayer.forward", "training: each image's own k, by mask", branch("ratio is not None")),
-            Gap("RoutedLayer.forward", "sampling: only the k best are computed", after_branch("ratio is not None")),
-        ],
-        [
-            "test_method_any_layer_can_be_routed_and_bypassed_tokens_leave_bit_identical",
-            "test_method_equal_scores_are_taken_in_order",
-            "test_method_router_learns_only_through_the_gate_of_processed_tokens_and_the_ratio_through_that_of_the_next",
-            "test_method_training_equals_sampling_in_the_result_and_in_what_the_weights_learn",
-        ],
-    ),
-    Part(
-        "The ratios of a batch",
-        "3.4",
-        [
-            Gap(
-                "diffusion_loss",
-                "ratio (L, B): each layer's at each image's noise level",
-                assignments("ratio"),
-                "ratio = None\nif routed:\n    {}",
-            )
-        ],
-        [
-            "test_method_forward_and_loss_of_a_mixed_batch_equal_the_reference_image_by_image",
-            "test_method_the_model_is_trained_with_the_known_pixels_and_without_the_hidden_ones",
-            "test_method_zero_ratios_equal_dense_to_the_last_bit",
-            "test_method_gradient_of_a_ratio_agrees_with_the_finite_difference_in_k",
-            "test_method_the_loss_compiles_once_whatever_the_ratios",
-        ],
-    ),
-    Part(
-        "The bounds of a ratio",
-        "3.3",
-        [Gap("DiT.clamp_ratios", "bring the ratios back into their bounds")],
-        [
-            "test_method_a_ratio_at_its_bound_comes_back_at_the_first_step_when_the_pull_turns",
-            "test_method_a_training_step_is_one_pass_that_reads_nothing_back_from_the_device",
-        ],
-    ),
-    Part(
-        "The k of each sampling step",
-        "3.4",
-        [
-            Gap(
-                "sample",
-                "column and k, so that k[column[i]] lists each layer's k at step i",
-                assignments("column", "k"),
-            )
-        ],
-        [
-            "test_method_sampler_equals_its_paper_and_computes_the_k_tokens_of_each_noise_level",
-            "test_method_sampler_reproduces_a_known_distribution",
-            "test_method_inpainting_returns_known_pixels_unchanged_and_never_sees_hidden_ones",
-            "test_method_cuda_and_bfloat16_train_and_sample_with_about_the_same_result",
-        ],
-    ),
-]
-
-
-# --- Taking them out -------------------------------------------------------------------------------------------------
-
-
-def blank(source: str, keep: Collection[int] = ()) -> str:
-    """The source with all parts taken out but those to keep, by number from 1. What is not taken out stays as it is."""
-    tree, lines, cuts = ast.parse(source), source.splitlines(keepends=True), []
-    functions = {z.name: z for z in tree.body if isinstance(z, ast.FunctionDef)}
-    for parent in (z for z in tree.body if isinstance(z, ast.ClassDef)):
-        functions |= {f"{parent.name}.{z.name}": z for z in parent.body if isinstance(z, ast.FunctionDef)}
-    for number, part in enumerate(PARTS, 1):
-        for gap in part.gaps if number not in keep else ():
-            found = gap.find(functions[gap.function]) if gap.function in functions else []
-            if not found:
-                raise LookupError(f"part {number}, {gap.task!r}, is not where it was, in {gap.function}")
-            text = gap.frame.format(f'raise NotImplementedError("part {number}: {gap.task}")')
-            text = textwrap.indent(text, " " * found[0].col_offset) + "\n"
-            cuts.append((found[0].lineno - 1, found[-1].end_lineno, text))
-    for start, end, text in sorted(cuts, reverse=True):
-        lines[start:end] = [text]
-    return "".join(lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, numbers = parser.add_argument, range(1, len(PARTS) + 1)
-    part = {"type": int, "nargs": "+", "choices": numbers, "metavar": "N"}
-    add("--keep", default=(), help=f"parts whose answers are left in, 1 to {len(PARTS)}", **part)
-    add("--list", action="store_true", help="print the parts in their order, with the tests of each")
-    add("--tests", help="print the tests of these parts, for pytest -k", **part)
+def main() -> int:
+    parser = Parser(__doc__)
+    part = number(int, 1, len(PARTS))
+    does = parser.add_mutually_exclusive_group(required=True)
+    does.add_argument("--out", type=Path, metavar="FILE", help="write the student's version; never over a file")
+    does.add_argument("--check", nargs="+", metavar=("FILE", "PART"), help="grade all parts, or those that are named")
+    does.add_argument("--wrong", type=part, metavar="PART", help="write wrong answers to a part, to discuss in class")
+    does.add_argument("--list", action="store_true", help="print the parts in their order, with the tests of each")
+    keep = {"type": part, "nargs": "+", "default": [], "metavar": "PART"}
+    parser.add_argument("--keep", **keep, help=f"with --out: parts whose answers are left in, 1 to {len(PARTS)}")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="with --check: also write what came out, for an autograder")
     args = parser.parse_args()
-    if args.tests:
-        print(" or ".join(test for number in args.tests for test in PARTS[number - 1].tests))
-    elif args.list:
-        for number, part in zip(numbers, PARTS):
-            names = ", ".join(dict.fromkeys(gap.function for gap in part.gaps))
-            print(f"{number}  {part.title} (paper {part.paper}): {names}", *part.tests, sep="\n     ")
-    else:
-        sys.stdout.write(blank(ORIGINAL.read_text(encoding="utf-8"), args.keep))
+    if (args.keep and not args.out) or (args.json and not args.check):
+        raise InputError("--keep goes with --out, --json with --check")
+    if args.out:
+        write_new(args.out, blank(ORIGINAL.read_text(encoding="utf-8"), args.keep))
+    if args.wrong:
+        write_wrong(args.wrong)
+    if args.list:
+        print_list()
+    if args.check:
+        file, *numbers = args.check
+        return print_check(Path(file), [part_number(text) for text in numbers], args.json)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -1,161 +1,229 @@
-"""Tests of the student's version: each part turns its tests green, and they see through wrong answers.
+"""Tests of the student's version, of its grading, and of the runner: right answers pass, wrong ones are seen through.
 
-python -m pytest lesson/test_blank.py       # under a minute on two CPU cores
+python -m pytest lesson/test_blank.py       # two minutes on one CPU core
 """
 
 from __future__ import annotations
 
 import ast
 import difflib
-import os
+import json
 import subprocess
 import sys
-import types
-from collections.abc import Collection
 from pathlib import Path
 
-import blank as kit
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path[:0] = [str(HERE), str(ROOT)]
+import check
+import parts
 import pytest
+import run
+from parts import PARTS, WRONG, Wrong
 
-ROOT = Path(__file__).parents[1]
-SOURCE = kit.ORIGINAL.read_text(encoding="utf-8")
-NUMBERS = range(1, len(kit.PARTS) + 1)
-
-
-class Watch:
-    """A plugin for a run of pytest within this one: shows the tests another module, and notes which of them end well."""
-
-    def __init__(self, module: types.ModuleType, patch: pytest.MonkeyPatch) -> None:
-        self.module, self.patch, self.errors = module, patch, {}
-
-    def pytest_runtest_setup(self, item: pytest.Function) -> None:
-        if self.errors.setdefault(item.originalname, None) is not None:
-            pytest.skip("a test is red if it is red for one set of parameters")
-        self.patch.setattr(item.module, "method", self.module)
-
-    def pytest_runtest_makereport(self, item: pytest.Function, call: pytest.CallInfo) -> None:
-        if call.excinfo is not None and not call.excinfo.errisinstance(pytest.skip.Exception):
-            self.errors[item.originalname] = call.excinfo.type
+SOURCE = parts.ORIGINAL.read_text(encoding="utf-8")
+NUMBERS = range(1, len(PARTS) + 1)
 
 
-def run(source: str, tests: Collection[str], *options: str) -> dict[str, type[BaseException] | None]:
-    """Run tests with this source as diffratio_mod.py: for each the type of error that it ends with; None is green."""
-    with pytest.MonkeyPatch.context() as patch:
-        module = types.ModuleType("my_solution")
-        patch.setitem(sys.modules, module.__name__, module)
-        exec(compile(source, "my_solution.py", "exec"), module.__dict__)  # noqa: S102
-        watch = Watch(module, patch)
-        plugins = "cacheprovider", "faulthandler", "unraisableexception", "threadexception"
-        options = *options, "-q", "--tb=no", *(f"-pno:{plugin}" for plugin in plugins)
-        pytest.main([str(ROOT / "test_diffratio_mod.py"), "-k", " or ".join(tests), *options], [watch])
-    assert watch.errors, "no test of that name"
-    return watch.errors
+def red(path: Path, source: str, tests: list[str], *options: str) -> dict[str, type[BaseException]]:
+    """Those of the tests that fail with this source as diffratio_mod.py, and the types of their errors."""
+    path.write_text(source, encoding="utf-8")
+    module = run.load(path, check.SOLUTION)
+    errors = check.run_tests(module, path, tests, *options).errors
+    sys.modules.pop(check.SOLUTION)
+    return errors
+
+
+def command(*arguments: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    line = [sys.executable, *map(str, arguments)]
+    return subprocess.run(line, cwd=cwd, capture_output=True, encoding="utf-8", timeout=300, check=False)
+
+
+def assert_refused(result: subprocess.CompletedProcess, *words: str) -> None:
+    assert result.returncode == 2 and result.stdout == "", result
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+    assert all(word in result.stderr for word in words), result.stderr
+
+
+# --- The blanks ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [0, *NUMBERS])
-def test_original_answers_put_back_one_by_one_turn_exactly_the_listed_tests_green(number):
-    now, later = kit.PARTS[number - 1].tests if number else [], [z for part in kit.PARTS[number:] for z in part.tests]
-    errors = run(kit.blank(SOURCE, keep=range(1, number + 1)), [*now, *later] if number else ["test_method"])
-    assert set(errors) >= {*now, *later}
-    for test, error in errors.items():  # at the start, those in no list are green
-        assert (error is None) == (test not in later), f"{test} is {'green' if error is None else 'red'}"
+def test_original_answers_put_back_one_by_one_turn_exactly_the_listed_tests_green(number, tmp_path):
+    now = PARTS[number - 1].tests if number else []
+    later = [test for part in PARTS[number:] for test in part.tests]
+    source = parts.blank(SOURCE, keep=range(1, number + 1))
+    assert set(red(tmp_path / "s.py", source, [*now, *later])) == set(later)
 
 
-WRONG = [  # the part, what is wrong, and in which piece of the original answer
-    (1, "an edge in the noisier column", "(t * columns - 1e-4).ceil().long() - 1", "(t * columns).long()"),
-    (1, "column 0 is the noisiest", "(t * columns - 1e-4)", "((1 - t) * columns + 1e-4)"),
-    (1, "rounding decides at an edge", "t * columns - 1e-4", "t * columns"),
-    (2, "each ratio pulled, not the mean", "(ratios.mean() - target) ** 2", "((ratios - target) ** 2).mean()"),
-    (2, "not squared", "(ratios.mean() - target) ** 2", "(ratios.mean() - target).abs()"),
-    (2, "the sum for the mean", "(ratios.mean() - target) ** 2", "(ratios.sum() - target) ** 2"),
-    (3, "the share processed for the share skipped", "(1 - ratios.detach())", "ratios.detach()"),
-    (3, "cut off for rounded", "(1 - ratios.detach())).round()", "(1 - ratios.detach()))"),
-    (3, "at least none for at least one", ".long().clamp(1, tokens)", ".long().clamp(0, tokens)"),
-    (4, "the sign", "(ratio.detach() - ratio)", "(ratio - ratio.detach())"),
-    (4, "the last of the k best for the next", "(rank >= k) & (rank < k + e)", "(rank >= k - e) & (rank < k)"),
-    (4, "all that bypass for the next e", "(rank >= k) & (rank < k + e)", "rank >= k"),
-    (4, "not shared among the next e", "N / (2 * e.clamp(min=1))", "N / 2"),
-    (4, "not halved", "(2 * e.clamp(min=1))", "e.clamp(min=1)"),
-    (4, "0 / 0 where none bypasses", "e.clamp(min=1)", "e"),
-    (5, "softmax for sigmoid", "torch.sigmoid(self.router(x))", "self.router(x).softmax(1)"),
-    (5, "worst for best", "descending=True", "descending=False"),
-    (5, "equal scores in any order", "descending=True, stable=True", "descending=True"),
-    (
-        5,
-        "sampling: the first image's best for all",
-        "torch.arange(B, device=x.device)",
-        "torch.zeros_like(order[:, 0])",
-    ),
-    (5, "sampling: gates not sorted as tokens", "gate.flatten().index_select(0, rows)", "gate[:, :k].reshape(B, k)"),
-    (5, "sampling: no gate", "gain = gate * self.layer", "gain = self.layer"),
-    (5, "sampling: the update for the sum", "index_add(0, rows", "index_copy(0, rows"),
-    (5, "sampling: the gate learns nothing", "gate.flatten().index", "gate.detach().flatten().index"),
-    (5, "training: the order for the rank", "rank, ratio = order.argsort(dim=1)", "rank, ratio = order"),
-    (5, "training: all attended to", "self.layer(x, rank < k_best, *context)", "self.layer(x, None, *context)"),
-    (5, "training: the choice without the score", "gate = gate * ratio_gate", "gate = ratio_gate"),
-    (5, "training: the choice without its slope", "ratio_gate(rank, k_best, ratio)", "(rank < k_best)"),
-    (6, "one noise level for the whole batch", "column_of(t, model", "column_of(t.mean().expand(len(t)), model"),
-    (6, "clean for noisy", "column_of(t, model", "column_of(1 - t, model"),
-    (6, "no way back to the table", "model.ratios[:, column_of(t,", "model.ratios.detach()[:, column_of(t,"),
-    (7, "the last token can go", "clamp_(0, 1 - 1 / self.config.tokens)", "clamp_(0, 1)"),
-    (7, "a copy is clamped", "self.ratios.clamp_(0, ", "self.ratios.clamp(0, "),
-    (8, "the level that a step goes to", "column_of(levels[:-1], ratios.shape", "column_of(levels[1:], ratios.shape"),
-    (8, "the step for the noise level", "column_of(levels[:-1], ratios", "column_of(levels[:-1].flip(0), ratios"),
-    (
-        8,
-        "the mean of a layer's row",
-        "k = tokens_processed(ratios,",
-        "k = tokens_processed(0 * ratios + ratios.mean(1, True),",
-    ),
-]
-
-
-@pytest.mark.parametrize("number, mistake, right, wrong", WRONG, ids=[f"{z[0]}, {z[1]}" for z in WRONG])
-def test_wrong_but_plausible_answer_is_caught_by_a_test_of_its_part(number, mistake, right, wrong):
-    assert SOURCE.count(right) == 1 and right not in kit.blank(SOURCE, keep={*NUMBERS} - {number})
-    source = kit.blank(SOURCE.replace(right, wrong), keep=range(1, number + 1))
-    errors = {*run(source, kit.PARTS[number - 1].tests, "-x").values()} - {None}
-    assert errors and not errors & {NotImplementedError, NameError}
-
-
-def test_each_part_has_wrong_answers():
-    assert all([z[0] for z in WRONG].count(number) >= 2 for number in NUMBERS)
+def test_what_is_in_no_list_is_green_from_the_start(tmp_path):
+    text = check.TESTS.read_text(encoding="utf-8")
+    names = [node.name for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
+    listed = [test for part in PARTS for test in part.tests]
+    others = [name for name in names if name.startswith("test_method_") and name not in listed]
+    assert others and set(listed) <= set(names)
+    assert red(tmp_path / "s.py", parts.blank(SOURCE), others) == {}
 
 
 def test_only_the_answers_are_taken_out_and_each_of_them():
-    blank, gaps = kit.blank(SOURCE), [gap for part in kit.PARTS for gap in part.gaps]
-    assert kit.blank(SOURCE, keep=NUMBERS) == SOURCE
+    blank = parts.blank(SOURCE)
+    gaps = [gap for part in PARTS for gap in part.gaps]
+    assert parts.blank(SOURCE, keep=NUMBERS) == SOURCE
     difference = list(difflib.ndiff(SOURCE.splitlines(), blank.splitlines()))
     new = "\n".join(line[2:] for line in difference if line.startswith("+ "))
     assert [new.count(gap.task) for gap in gaps] == [1] * len(gaps)
     assert len(new.splitlines()) == sum(len(gap.frame.splitlines()) for gap in gaps)
-    functions = [[z for z in ast.walk(ast.parse(text)) if isinstance(z, ast.FunctionDef)] for text in (SOURCE, blank)]
-    for original, other in zip(*functions, strict=True):  # what a student is told is all there
-        for tell in (ast.get_docstring, lambda z: z.name, lambda z: ast.unparse(z.args)):
-            assert tell(original) == tell(other)
+    originals = parts.functions_of(ast.parse(SOURCE))
+    others = parts.functions_of(ast.parse(blank))
+    assert list(originals) == list(others)
+    for name, original in originals.items():  # what a student is told is all there
+        assert ast.get_docstring(original) == ast.get_docstring(others[name])
+        assert ast.unparse(original.args) == ast.unparse(others[name].args)
 
 
 def test_an_answer_that_is_no_longer_where_it_was_is_an_error():
-    for right, wrong in ("if ratio is not None:", "if k is None:"), ("def column_of", "def c"), ("column =", "c ="):
+    for right, wrong in (("if ratio is not None:", "if k is None:"), ("def column_of", "def c"), ("column =", "c =")):
         with pytest.raises(LookupError, match="part"):
-            kit.blank(SOURCE.replace(right, wrong))
+            parts.blank(SOURCE.replace(right, wrong))
 
 
-def test_commands_of_the_lesson(tmp_path):
-    """With part 1 filled in, its tests are green and those of part 2 red."""
+# --- Wrong answers, and other right ones ------------------------------------------------------------------------------
 
-    def output(*command: str, **changes: str) -> str:
-        command, environment = [sys.executable, *command], os.environ | changes
-        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False).stdout
 
-    solution, listed = tmp_path / "my_solution.py", output("lesson/blank.py", "--list")
-    solution.write_text(output("lesson/blank.py", "--keep", "1"), encoding="utf-8")
-    options = "-k", output("lesson/blank.py", "--tests", "1", "2").strip(), "-rpf", "-p", "no:cacheprovider"
-    report = output("-m", "pytest", *options, DIFFRATIO_MOD=str(solution))
-    for part, word in zip(kit.PARTS, ("PASSED", "FAILED")):
-        assert all(f"{word} test_diffratio_mod.py::{test}" in report for test in part.tests)
-    assert "NotImplementedError: part 2: what pulls" in report and "part 1" not in report
-    text = (ROOT / "lesson" / "student.md").read_text(encoding="utf-8")
-    for number, part in enumerate(kit.PARTS, 1):
+@pytest.mark.parametrize("answer", WRONG, ids=[f"{answer.part}, {answer.mistake}" for answer in WRONG])
+def test_wrong_but_plausible_answer_is_caught_by_a_test_of_its_part(answer, tmp_path):
+    assert answer.right not in parts.blank(SOURCE, keep={*NUMBERS} - {answer.part})
+    source = parts.blank(parts.wrong_source(answer), keep=range(1, answer.part + 1))
+    errors = set(red(tmp_path / "s.py", source, PARTS[answer.part - 1].tests, "-x").values())
+    assert errors and not errors & {NotImplementedError, NameError}
+
+
+GATHER = """index = order[:, :k].unsqueeze(2).expand(-1, -1, D)
+        gain = gate.gather(1, order[:, :k]).unsqueeze(2) * self.layer(x.gather(1, index), None, *context)
+        return x.scatter_add(1, index, gain.to(x.dtype))
+        rows ="""
+RANK = "rank = torch.zeros_like(order).scatter(1, order, torch.arange(N, device=x.device).expand(B, N)); ratio ="
+RIGHT = [  # other answers, none of them wrong
+    Wrong(1, "floor of the negative", "(t * columns - 1e-4).ceil().long() - 1", "-(1e-4 - t * columns).floor().long() - 1"),
+    Wrong(2, "expanded square", "(ratios.mean() - target) ** 2", "ratios.mean() ** 2 - 2 * target * ratios.mean() + target**2"),
+    Wrong(3, "rounded from the other side", "(tokens * (1 - ratios.detach())).round()", "(tokens - (tokens * ratios.detach()).round())"),
+    Wrong(4, "with torch.where", "(rank < k) + next_best * zero_with_slope", "torch.where(next_best, zero_with_slope, (rank < k).float())"),
+    Wrong(5, "gather and scatter", "rows =", GATHER),
+    Wrong(5, "rank by scatter", "rank, ratio = order.argsort(dim=1),", RANK),
+    Wrong(6, "index_select", "model.ratios[:, column_of(t, model.ratios.shape[1])]", "model.ratios.index_select(1, column_of(t, model.ratios.shape[1]))"),
+    Wrong(7, "copy_", "self.ratios.clamp_(0, 1 - 1 / self.config.tokens)", "self.ratios.copy_(self.ratios.clamp(0, 1 - 1 / self.config.tokens))"),
+    Wrong(8, "one by one", "tokens_processed(ratios, model.config.tokens).T.tolist()", "[[int(z) for z in row] for row in tokens_processed(ratios, model.config.tokens).T]"),
+]  # fmt: skip
+
+
+def test_other_right_answers_pass(tmp_path):
+    for answer in RIGHT:
+        path = tmp_path / "s.py"
+        path.write_text(parts.wrong_source(answer), encoding="utf-8")
+        assert check.check(path, [answer.part])[0].verdict == "right", answer.mistake
+
+
+def test_helpers_and_imports_and_a_second_definition_of_a_student_are_used(tmp_path):
+    source = parts.blank(SOURCE, keep={*NUMBERS} - {2, 7})
+    source = source.replace('raise NotImplementedError("part 7: bring the ratios back into their bounds")', "self.bring_back()")
+    source = source.replace(
+        "    def encode_caption",
+        "    def bring_back(self):\n        self.ratios.clamp_(lowest(), 1 - 1 / self.config.tokens)\n\n    def encode_caption",
+    )
+    source += "\n\nimport operator\n\n\ndef lowest():\n    return 0\n"
+    source += "\n\ndef ratio_loss(ratios, target):\n    return operator.sub(ratios.mean(), target) ** 2\n"
+    path = tmp_path / "s.py"
+    path.write_text(source, encoding="utf-8")
+    assert [result.verdict for result in check.check(path, [2, 7])] == ["right", "right"]
+
+
+# --- The commands ----------------------------------------------------------------------------------------------------
+
+
+def test_one_wrong_part_costs_one_point_and_its_property_is_named(tmp_path):
+    """Part 4, which parts 5, 6 and 8 need, is wrong; part 7 is not begun."""
+    sign = next(answer for answer in WRONG if answer.mistake == "the sign")
+    path = tmp_path / "my_solution.py"
+    path.write_text(parts.blank(parts.wrong_source(sign), keep={*NUMBERS} - {7}), encoding="utf-8")
+    result = command("lesson/blank.py", "--check", path, "--json", tmp_path / "r.json")
+    assert result.returncode == 1 and result.stderr == ""
+    lines = result.stdout.splitlines()
+    words = [line.split("  ")[-1].strip() for line in lines if line[0].isdigit()]
+    assert words == ["right", "right", "right", "wrong", "right", "right", "not begun", "right", "6 of 8"]
+    assert "has the slope that its docstring promises" in result.stdout
+    written = json.loads((tmp_path / "r.json").read_text())
+    assert (written["points"], written["of"]) == (6, 8)
+    assert [part["verdict"] for part in written["parts"]] == words[:-1]
+    assert [failure["test"] for failure in written["parts"][3]["failures"]] == PARTS[3].tests
+
+
+def test_student_version_is_written_as_utf8_and_never_over_answers(tmp_path):
+    path = tmp_path / "my_solution.py"
+    assert command("lesson/blank.py", "--out", path, "--keep", 1, 2).returncode == 0
+    assert path.read_bytes().decode("utf-8").replace("\r\n", "\n") == parts.blank(SOURCE, keep=[1, 2])
+    path.write_text("answers", encoding="utf-8")
+    assert_refused(command("lesson/blank.py", "--out", path), "my_solution.py", "is there already")
+    assert path.read_text(encoding="utf-8") == "answers"
+
+
+def test_wrong_answers_to_hand_out_are_files_that_differ_from_the_original_in_one_place(tmp_path):
+    for number in NUMBERS:
+        assert [answer.part for answer in WRONG].count(number) >= parts.HANDED_OUT == 2
+    result = command(HERE / "blank.py", "--wrong", 5, cwd=tmp_path)
+    sources = [(tmp_path / f"wrong_5_{i}.py").read_text(encoding="utf-8") for i in (1, 2)]
+    first, second = [answer for answer in WRONG if answer.part == 5][:2]
+    assert sources == [parts.wrong_source(first), parts.wrong_source(second)]
+    assert first.mistake in result.stdout and second.mistake in result.stdout
+    assert_refused(command(HERE / "blank.py", "--wrong", 5, cwd=tmp_path), "wrong_5_1.py", "is there already")
+
+
+def test_list_has_all_parts_and_the_text_for_students_too():
+    listed = command("lesson/blank.py", "--list").stdout
+    text = (HERE / "student.md").read_text(encoding="utf-8")
+    for number, part in enumerate(PARTS, 1):
         assert f"{number}  {part.title} (paper {part.paper})" in listed and all(test in listed for test in part.tests)
         assert f"{number}. **{part.title}**" in text
+
+
+def test_runner_puts_a_file_in_the_place_of_the_method(tmp_path):
+    """Here a script in another folder, which imports the project, and a module."""
+    (tmp_path / "mine.py").write_text(SOURCE + "\n\nMARK = 'mine'\n", encoding="utf-8")
+    script = "import sys, train_cifar, neighbour\nprint(train_cifar.method.MARK, sys.argv[1:], __name__, neighbour.MARK)\n"
+    (tmp_path / "script.py").write_text(script, encoding="utf-8")
+    (tmp_path / "neighbour.py").write_text("from diffratio_mod import MARK\n", encoding="utf-8")
+    result = command("lesson/run.py", tmp_path / "mine.py", tmp_path / "script.py", "--flag", "a b")
+    assert result.stdout.split("\n")[0] == "mine ['--flag', 'a b'] __main__ mine", result.stderr
+    blank = tmp_path / "blank.py"
+    blank.write_text(parts.blank(SOURCE, keep={*NUMBERS} - {2}), encoding="utf-8")
+    options = ("-m", "pytest", "-rpf", "-p", "no:cacheprovider", "test_diffratio_mod.py", "-k", "ratio_loss or ratio_gate")
+    report = command("lesson/run.py", blank, *options).stdout
+    assert f"FAILED test_diffratio_mod.py::{PARTS[1].tests[0]}" in report
+    assert f"PASSED test_diffratio_mod.py::{PARTS[3].tests[0]}" in report
+
+
+def test_a_file_that_is_no_solution_is_one_line(tmp_path):
+    contents = {
+        "syntax.py": (b"def ratio_gate(:\n", "syntax.py, line 1"),
+        "utf16.py": (SOURCE.encode("utf-16"), "utf16.py is not UTF-8"),
+        "zeros.py": (b"x = 1\0", "zeros.py"),
+        "other.py": (b"x = 1\n", "other.py is not a version of diffratio_mod.py"),
+        "stops.py": (b"x = y\n", "stops.py stops while it is imported: NameError"),
+    }
+    for name, (content, words) in contents.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(run.InputError, match=words):
+            run.load(tmp_path / name, "no_solution")
+        assert "no_solution" not in sys.modules
+    assert_refused(command("lesson/run.py", tmp_path / "syntax.py", "sample.py"), "syntax.py, line 1")
+    assert_refused(command("lesson/blank.py", "--check", tmp_path / "none.py"), "none.py", "No such file")
+
+
+def test_wrong_use_is_one_line(tmp_path):
+    blank = tmp_path / "blank.py"
+    blank.write_text(parts.blank(SOURCE), encoding="utf-8")
+    for arguments, words in (([blank], "give a solution and a script"), ([blank, "nowhere.py"], "nowhere.py")):
+        with pytest.raises(run.InputError, match=words):
+            run.run([str(argument) for argument in arguments])
+    assert_refused(command("lesson/blank.py", "--check", blank, 9), "'9' is no part")
+    sampling = ("sample.py", "--num", 1, "--steps", 1, "--prompt", "a red circle", "--out", tmp_path / "s.png")
+    assert_refused(command("lesson/run.py", blank, *sampling), "is not filled in: part")

@@ -1,0 +1,269 @@
+"""The eight parts of the lesson: where each stands in diffratio_mod.py, which tests it turns green, and wrong answers to it.
+
+No command; blank.py takes the parts out, check.py grades them. Where a part stands is found in the syntax tree, by what
+it is ("the branch `if ratio is not None` of RoutedLayer.forward"), so diffratio_mod.py needs no marks, and its lines
+may move.
+"""
+
+from __future__ import annotations
+
+import ast
+import textwrap
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+ORIGINAL = Path(__file__).parents[1] / "diffratio_mod.py"
+
+# --- What can be taken out of a function: some statements of its body, in a row --------------------------------------
+
+Find = Callable[[ast.FunctionDef], list[ast.stmt]]  # returns nothing where it does not find them
+
+
+def whole_body(function: ast.FunctionDef) -> list[ast.stmt]:
+    return function.body[ast.get_docstring(function) is not None :]
+
+
+def branch(condition: str) -> Find:
+    """What is done `if` the condition holds."""
+    return lambda function: next((line.body for line in function.body if _asks(line, condition)), [])
+
+
+def after_branch(condition: str) -> Find:
+    """What is done if it does not hold, where the branch ends with a return: the rest of the function."""
+    return lambda function: next(
+        (function.body[i + 1 :] for i, line in enumerate(function.body) if _asks(line, condition)), []
+    )
+
+
+def assignments(*names: str) -> Find:
+    """The statements in a row that give these names their values, one each."""
+
+    def find(function: ast.FunctionDef) -> list[ast.stmt]:
+        given = [ast.unparse(line.targets[0]) if isinstance(line, ast.Assign) else "" for line in function.body]
+        places = [i for i in range(len(given)) if tuple(given[i : i + len(names)]) == names]
+        return function.body[places[0] : places[0] + len(names)] if places else []
+
+    return find
+
+
+def _asks(line: ast.stmt, condition: str) -> bool:
+    return isinstance(line, ast.If) and ast.unparse(line.test) == condition
+
+
+# --- The parts, in the order of the lesson ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Gap:
+    function: str  # its name, after that of its class
+    task: str  # short: it becomes the message of the NotImplementedError
+    find: Find = whole_body
+    frame: str = "{}"  # what stands around the raise
+
+
+@dataclass(frozen=True)
+class Part:
+    title: str
+    paper: str  # section
+    gaps: list[Gap]
+    tests: list[str]  # that are red before this part is filled in, and green after it
+
+
+PARTS = [
+    Part(
+        "The columns of the table",
+        "3.4",
+        [Gap("column_of", "the column of each noise level")],
+        ["test_method_columns_cut_the_noise_levels_evenly_in_training_and_sampling"],
+    ),
+    Part(
+        "The pull",
+        "3.3",
+        [Gap("ratio_loss", "what pulls the mean ratio to the target")],
+        ["test_method_ratio_loss_pulls_all_cells_alike_towards_the_target"],
+    ),
+    Part(
+        "From a ratio to k",
+        "3.3",
+        [Gap("tokens_processed", "how many tokens are processed at each ratio")],
+        ["test_method_tokens_processed_are_the_nearest_whole_number_from_one_to_all"],
+    ),
+    Part(
+        "A zero with a slope",
+        "3.3",
+        [Gap("ratio_gate", "1 for the k best, 0 for the others, but for the next e with a slope")],
+        ["test_method_ratio_gate_chooses_the_k_best_and_has_the_slope_that_its_docstring_promises"],
+    ),
+    Part(
+        "The routed layer",
+        "3.2",
+        [
+            Gap("RoutedLayer.score_and_sort", "every token's score, and the tokens from best to worst"),
+            Gap("RoutedLayer.forward", "training: each image's own k, by mask", branch("ratio is not None")),
+            Gap("RoutedLayer.forward", "sampling: only the k best are computed", after_branch("ratio is not None")),
+        ],
+        [
+            "test_method_any_layer_can_be_routed_and_bypassed_tokens_leave_bit_identical",
+            "test_method_equal_scores_are_taken_in_order",
+            "test_method_router_learns_only_through_the_gate_of_processed_tokens_and_the_ratio_through_that_of_the_next",
+            "test_method_training_equals_sampling_in_the_result_and_in_what_the_weights_learn",
+        ],
+    ),
+    Part(
+        "The ratios of a batch",
+        "3.4",
+        [
+            Gap(
+                "diffusion_loss",
+                "ratio (L, B): each layer's at each image's noise level",
+                assignments("ratio"),
+                "ratio = None\nif routed:\n    {}",
+            )
+        ],
+        [
+            "test_method_forward_and_loss_of_a_mixed_batch_equal_the_reference_image_by_image",
+            "test_method_the_model_is_trained_with_the_known_pixels_and_without_the_hidden_ones",
+            "test_method_zero_ratios_equal_dense_to_the_last_bit",
+            "test_method_gradient_of_a_ratio_agrees_with_the_finite_difference_in_k",
+            "test_method_the_loss_compiles_once_whatever_the_ratios",
+        ],
+    ),
+    Part(
+        "The bounds of a ratio",
+        "3.3",
+        [Gap("DiT.clamp_ratios", "bring the ratios back into their bounds")],
+        [
+            "test_method_a_ratio_at_its_bound_comes_back_at_the_first_step_when_the_pull_turns",
+            "test_method_a_training_step_is_one_pass_that_reads_nothing_back_from_the_device",
+        ],
+    ),
+    Part(
+        "The k of each sampling step",
+        "3.4",
+        [
+            Gap(
+                "sample",
+                "column and k, so that k[column[i]] lists each layer's k at step i",
+                assignments("column", "k"),
+            )
+        ],
+        [
+            "test_method_sampler_equals_its_paper_and_computes_the_k_tokens_of_each_noise_level",
+            "test_method_sampler_reproduces_a_known_distribution",
+            "test_method_inpainting_returns_known_pixels_unchanged_and_never_sees_hidden_ones",
+            "test_method_cuda_and_bfloat16_train_and_sample_with_about_the_same_result",
+        ],
+    ),
+]
+
+
+# --- Wrong answers: each is what a student could write, and the tests of its part see through it ----------------------
+
+
+@dataclass(frozen=True)
+class Wrong:
+    part: int
+    mistake: str
+    right: str  # the piece of the original answer that it changes, which stands once in diffratio_mod.py
+    wrong: str  # what stands there instead
+
+
+HANDED_OUT = 2  # of each part, the first ones: those that look most like a right answer
+WRONG = [
+    Wrong(1, "an edge in the noisier column", "(t * columns - 1e-4).ceil().long() - 1", "(t * columns).long()"),
+    Wrong(1, "column 0 is the noisiest", "(t * columns - 1e-4)", "((1 - t) * columns + 1e-4)"),
+    Wrong(1, "rounding decides at an edge", "t * columns - 1e-4", "t * columns"),
+    Wrong(
+        2, "each ratio pulled, not the mean", "(ratios.mean() - target) ** 2", "((ratios - target) ** 2).mean()"
+    ),
+    Wrong(2, "not squared", "(ratios.mean() - target) ** 2", "(ratios.mean() - target).abs()"),
+    Wrong(2, "the sum for the mean", "(ratios.mean() - target) ** 2", "(ratios.sum() - target) ** 2"),
+    Wrong(3, "the share processed for the share skipped", "(1 - ratios.detach())", "ratios.detach()"),
+    Wrong(3, "cut off for rounded", "(1 - ratios.detach())).round()", "(1 - ratios.detach()))"),
+    Wrong(3, "at least none for at least one", ".long().clamp(1, tokens)", ".long().clamp(0, tokens)"),
+    Wrong(4, "the last of the k best for the next", "(rank >= k) & (rank < k + e)", "(rank >= k - e) & (rank < k)"),
+    Wrong(4, "the sign", "(ratio.detach() - ratio)", "(ratio - ratio.detach())"),
+    Wrong(4, "all that bypass for the next e", "(rank >= k) & (rank < k + e)", "rank >= k"),
+    Wrong(4, "not shared among the next e", "N / (2 * e.clamp(min=1))", "N / 2"),
+    Wrong(4, "not halved", "(2 * e.clamp(min=1))", "e.clamp(min=1)"),
+    Wrong(4, "0 / 0 where none bypasses", "e.clamp(min=1)", "e"),
+    Wrong(5, "training: all attended to", "self.layer(x, rank < k_best, *context)", "self.layer(x, None, *context)"),
+    Wrong(5, "training: the order for the rank", "rank, ratio = order.argsort(dim=1)", "rank, ratio = order"),
+    Wrong(5, "softmax for sigmoid", "torch.sigmoid(self.router(x))", "self.router(x).softmax(1)"),
+    Wrong(5, "worst for best", "descending=True", "descending=False"),
+    Wrong(5, "equal scores in any order", "descending=True, stable=True", "descending=True"),
+    Wrong(
+        5,
+        "sampling: the first image's best for all",
+        "torch.arange(B, device=x.device)",
+        "torch.zeros_like(order[:, 0])",
+    ),
+    Wrong(5, "sampling: gates not sorted as tokens", "gate.flatten().index_select(0, rows)", "gate[:, :k].reshape(B, k)"),
+    Wrong(5, "sampling: no gate", "gain = gate * self.layer", "gain = self.layer"),
+    Wrong(5, "sampling: the update for the sum", "index_add(0, rows", "index_copy(0, rows"),
+    Wrong(5, "sampling: the gate learns nothing", "gate.flatten().index", "gate.detach().flatten().index"),
+    Wrong(5, "training: the choice without the score", "gate = gate * ratio_gate", "gate = ratio_gate"),
+    Wrong(5, "training: the choice without its slope", "ratio_gate(rank, k_best, ratio)", "(rank < k_best)"),
+    Wrong(6, "one noise level for the whole batch", "column_of(t, model", "column_of(t.mean().expand(len(t)), model"),
+    Wrong(6, "no way back to the table", "model.ratios[:, column_of(t,", "model.ratios.detach()[:, column_of(t,"),
+    Wrong(6, "clean for noisy", "column_of(t, model", "column_of(1 - t, model"),
+    Wrong(7, "the last token can go", "clamp_(0, 1 - 1 / self.config.tokens)", "clamp_(0, 1)"),
+    Wrong(7, "a copy is clamped", "self.ratios.clamp_(0, ", "self.ratios.clamp(0, "),
+    Wrong(8, "the level that a step goes to", "column_of(levels[:-1], ratios.shape", "column_of(levels[1:], ratios.shape"),
+    Wrong(
+        8,
+        "the mean of a layer's row",
+        "k = tokens_processed(ratios,",
+        "k = tokens_processed(0 * ratios + ratios.mean(1, True),",
+    ),
+    Wrong(8, "the step for the noise level", "column_of(levels[:-1], ratios", "column_of(levels[:-1].flip(0), ratios"),
+]
+
+
+def wrong_source(answer: Wrong) -> str:
+    """The whole original with one wrong answer in it."""
+    source = ORIGINAL.read_text(encoding="utf-8")
+    if source.count(answer.right) != 1:
+        raise LookupError(f"part {answer.part}, {answer.mistake!r}: {answer.right!r} does not stand there once")
+    return source.replace(answer.right, answer.wrong)
+
+
+# --- Taking them out -------------------------------------------------------------------------------------------------
+
+
+def functions_of(tree: ast.Module) -> dict[str, ast.FunctionDef]:
+    """All functions and methods by their name, a method's with its class; of two with one name the later one."""
+    found = {}
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef):
+            found[node.name] = node
+        if isinstance(node, ast.ClassDef):
+            methods = [line for line in node.body if isinstance(line, ast.FunctionDef)]
+            found.update({f"{node.name}.{method.name}": method for method in methods})
+    return found
+
+
+def message(number: int, gap: Gap) -> str:
+    """What stands in the NotImplementedError of a gap."""
+    return f"part {number}: {gap.task}"
+
+
+def blank(source: str, keep: Collection[int] = ()) -> str:
+    """The source with all parts taken out but those to keep, by number from 1. What is not taken out stays as it is."""
+    functions = functions_of(ast.parse(source))
+    cuts = []
+    for number, part in enumerate(PARTS, 1):
+        if number in keep:
+            continue
+        for gap in part.gaps:
+            found = gap.find(functions[gap.function]) if gap.function in functions else []
+            if not found:
+                raise LookupError(f"part {number}, {gap.task!r}, is not where it was, in {gap.function}")
+            text = gap.frame.format(f'raise NotImplementedError("{message(number, gap)}")')
+            text = textwrap.indent(text, " " * found[0].col_offset) + "\n"
+            cuts.append((found[0].lineno - 1, found[-1].end_lineno, text))
+    lines = source.splitlines(keepends=True)
+    for start, end, text in sorted(cuts, reverse=True):
+        lines[start:end] = [text]
+    return "".join(lines)

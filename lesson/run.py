@@ -1,0 +1,86 @@
+"""Run a command of the project with another file in the place of diffratio_mod.py: your answers, or a changed copy.
+
+    python lesson/run.py my_solution.py sample.py --prompt "a red circle above a blue square"
+    python lesson/run.py my_solution.py train_cifar.py --dataset shapes --init assets/shapes_dense.pt
+    python lesson/run.py my_solution.py experiments/race.py dense learned
+    python lesson/run.py my_solution.py -m pytest -k method             # a module, as in `python -m`
+
+All that stands behind the script is for the script. The original file stays as it is.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+import types
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # before torch is imported, as in sample.py
+from diffratio_mod import InputError
+
+PUBLIC = ("Config", "InputError", "Layer", "RoutedLayer", "DiT", "column_of", "ratio_loss", "tokens_processed")
+PUBLIC += ("ratio_gate", "schedule", "even_noise_levels", "diffusion_loss", "sample")
+
+
+def load(path: Path, name: str = "diffratio_mod") -> types.ModuleType:
+    """The file as a module that can be imported under this name. Raises InputError if it is no solution."""
+    try:
+        code = compile(path.read_text(encoding="utf-8-sig"), str(path), "exec")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8 text; blank.py --out writes such a file, `>` in PowerShell does not") from None
+    except SyntaxError as error:
+        raise InputError(f"{path}, line {error.lineno}: {error.msg}: Python cannot read it") from None
+    except ValueError as error:  # zero bytes
+        raise InputError(f"{path} is no Python file: {error}") from None
+    module = types.ModuleType(name)
+    module.__file__ = str(path)
+    before = sys.modules.get(name)
+    sys.modules[name] = module  # a dataclass looks its module up there
+    try:
+        exec(code, module.__dict__)  # noqa: S102
+    except (Exception, SystemExit) as error:  # noqa: BLE001
+        sys.modules.pop(name)
+        if before is not None:
+            sys.modules[name] = before
+        raise InputError(f"{path} stops while it is imported: {type(error).__name__}: {error}") from None
+    missing = [public for public in PUBLIC if not hasattr(module, public)]
+    if missing:
+        sys.modules.pop(name)
+        raise InputError(f"{path} is not a version of diffratio_mod.py: it has no {', '.join(missing[:3])}")
+    return module
+
+
+def run(arguments: list[str]) -> None:
+    """Run what the command line says. Raises InputError."""
+    if len(arguments) < 2 or (arguments[1] == "-m" and len(arguments) < 3):
+        raise InputError("give a solution and a script: python lesson/run.py my_solution.py sample.py; see --help")
+    solution, script, *others = arguments
+    if script != "-m" and not Path(script).is_file():
+        raise InputError(f"there is no script {script} here; run this in the folder of the project")
+    load(Path(solution))
+    try:
+        if script == "-m":
+            sys.argv = others
+            sys.path[:2] = [os.getcwd(), str(ROOT)]  # in place of this file's folder, as Python does for the script
+            runpy.run_module(others[0], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = [script, *others]
+            sys.path[:2] = [str(Path(script).resolve().parent), str(ROOT)]
+            runpy.run_path(script, run_name="__main__")
+    except NotImplementedError as error:
+        raise InputError(f"{solution} is not filled in: {error}") from None
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] in (["-h"], ["--help"]):
+        sys.exit(print(__doc__))
+    try:
+        run(sys.argv[1:])
+    except InputError as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
