@@ -65,32 +65,66 @@ def routed(i: int, layer: RoutedLayer, signature: inspect.Signature, *args: obje
 
 
 class Routing(nn.Module):
-    """What routing adds to a model: the table of ratios (L, C), and the routers. Its state_dict is the checkpoint."""
+    """What routing adds to a model, as its submodule `routing`: the table of ratios (L, C), and the routers.
+
+    So the table and the routers are among the model's parameters: whatever moves, averages over processes or saves these
+    does it to those. The library's checkpoint stays without them: the state_dict of this module is a file of its own.
+    """
 
     def __init__(self, model: nn.Module, ratios: Tensor) -> None:
         super().__init__()
-        self.ratios, self.layers = nn.Parameter(ratios.float()), nn.ModuleList()
+        self.ratios = nn.Parameter(ratios.to(torch.get_default_dtype()))
+        self.layers = nn.ModuleList()
+        self.tokens = (model.config.sample_size // model.config.patch_size) ** 2  # N, at the model's own size
+        self.signature = inspect.signature(model.forward)  # now: engines that prepare a model wrap its forward
         for i, block in enumerate(model.transformer_blocks):
-            # The block is in there as a function, not as a module: its weights stay the model's.
+            # The block is in there as a function, not as a module: its weights stay the model's, under their names.
             self.layers.append(RoutedLayer(functools.partial(update, block.forward), model.inner_dim))
             block.forward = functools.partial(routed, i, self.layers[i], inspect.signature(block.forward))
+        self.to(model.device)
+        self.layers.to(model.dtype)
         model.register_forward_pre_hook(self.plan, with_kwargs=True)
-        object.__setattr__(model, "routing", self)  # to be found at the model, but not among its modules
+        save = functools.partial(save_without_routing, model)
+        model.save_pretrained = functools.update_wrapper(save, model.save_pretrained)
+        model.routing = self
+
+    def _apply(self, convert: Callable, recurse: bool = True) -> nn.Module:
+        """What .to() and .half() call. A half-precision model keeps its table: k of 1,024 tokens needs over 8 bits."""
+        exact = self.ratios.data
+        super()._apply(convert, recurse)
+        if self.ratios.dtype.itemsize < 4:
+            self.ratios.data = exact.to(self.ratios.device)
+        return self
+
+    @torch.no_grad()
+    def clamp_ratios(self) -> None:
+        """Bring the ratios back into [0, 1 - 1/N]. Call it after every step of the optimizer."""
+        self.ratios.clamp_(0, 1 - 1 / self.tokens)
 
     def plan(self, model: nn.Module, args: tuple, named: dict) -> tuple[tuple, dict]:
         """Before each forward pass: from the timesteps to each layer's ratios or k, as RoutedLayer.forward takes them."""
-        call = inspect.signature(model.forward).bind(*args, **named).arguments
-        x, p = call["hidden_states"], model.config.patch_size
-        self.to(x.device).layers.to(model.dtype)  # the model may have been moved since
-        level = (torch.as_tensor(call["timestep"], device=x.device).reshape(-1) + 1) / TIMESTEPS  # in (0, 1]
-        columns = column_of(level, self.ratios.shape[1]).expand(len(x))  # (B,)
+        call = self.signature.bind(*args, **named).arguments
+        x = call["hidden_states"]  # (B, c, h, w)
+        timestep = torch.as_tensor(call["timestep"], device=x.device).reshape(-1)
+        columns = column_of((timestep + 1) / TIMESTEPS, self.ratios.shape[1]).expand(len(x))  # (B,)
         plan = {"ratio": self.ratios[:, columns]}  # (L, B): each image has its own, by mask
         if not torch.is_grad_enabled() and (columns == columns[0]).all():  # sampling: one k for all images, by gather
-            plan = {"k": tokens_processed(self.ratios[:, columns[0]], x[0, 0].numel() // p**2).tolist()}  # L integers
+            tokens = x[0, 0].numel() // model.config.patch_size**2
+            plan = {"k": tokens_processed(self.ratios[:, columns[0]], tokens).tolist()}  # L integers
         # A dictionary that the library hands on to every block. So the plan belongs to this call, even when gradient
         # checkpointing runs a block again after another call.
         call["cross_attention_kwargs"] = (call.get("cross_attention_kwargs") or {}) | {"routing": plan}
         return (), call
+
+
+def save_without_routing(model: nn.Module, *args: object, **named: object) -> None:
+    """Stands in for the save_pretrained of a routed model: writes the files that the library would write of it."""
+    routing = model.routing
+    del model.routing
+    try:
+        type(model).save_pretrained(model, *args, **named)
+    finally:
+        model.routing = routing
 
 
 def route(model: nn.Module, regions: int = 10, ratios: Tensor | None = None) -> Routing:
@@ -122,7 +156,7 @@ def load_routing(model: nn.Module, path: str | Path) -> Routing:
 def diffusion_loss(model: nn.Module, noisy: Tensor, t: Tensor, noise: Tensor, condition: dict) -> Tensor:
     """Mean squared error of the noise that the model sees in `noisy`, one number an image (B,); t (B,): 0 ... 999."""
     guess = model(noisy, timestep=t, **condition).sample[:, : noise.shape[1]]  # what follows is a learned variance
-    return (guess.float() - noise).square().mean(dim=(1, 2, 3))
+    return (guess - noise).square().mean(dim=(1, 2, 3))
 
 
 # --- What it shows -----------------------------------------------------------------------------------------------------
