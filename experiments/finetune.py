@@ -175,7 +175,7 @@ def load_model(folder: Path | None) -> tuple[nn.Module, DDPMScheduler]:
     scheduler = DDPMScheduler()  # as PixArt and DiT were trained
     with input_errors(f"cannot use --pretrained {folder}"):
         local = {"local_files_only": True, "low_cpu_mem_usage": False}
-        model = AutoModel.from_pretrained(folder, subfolder="transformer", **local)
+        model = AutoModel.from_pretrained(str(folder), subfolder="transformer", **local)
         if (folder / "scheduler").is_dir():
             scheduler = DDPMScheduler.from_pretrained(folder, subfolder="scheduler", local_files_only=True)
         if not isinstance(model, PixArtTransformer2DModel | DiTTransformer2DModel):
@@ -244,7 +244,9 @@ def main() -> None:
     if saved and not args.resume:
         raise InputError(f"{args.out} holds a run: --resume goes on with it, another --out begins a new one")
 
-    accelerator = Accelerator(gradient_accumulation_steps=args.accumulate, mixed_precision=args.mixed_precision)
+    # cpu: where there is no other device, accelerate must be told, or every process takes itself for the only one.
+    device = {"cpu": not torch.accelerator.is_available(), "mixed_precision": args.mixed_precision}
+    accelerator = Accelerator(gradient_accumulation_steps=args.accumulate, **device)
     set_seed(args.seed)
     # In evaluation mode, in which these models differ only in that a DiT drops no labels by itself: Samples does it.
     model, scheduler = load_model(args.pretrained)
