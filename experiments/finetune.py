@@ -317,7 +317,8 @@ def main() -> None:
         averaged.step(weights)
         step += 1
         bar.update()
-        if step % args.log_every == 0 or step == args.steps:
+        saving = step % args.save_every == 0 or step == args.steps
+        if saving or step % args.log_every == 0:
             loss_sums, images = accelerator.reduce(sums, "sum").tolist()
             sums.zero_()
             if not np.isfinite(loss_sums).all():
@@ -330,7 +331,7 @@ def main() -> None:
             bar.set_postfix({name: line[name] for name in ("loss", "mean_ratio") if name in line})
             if accelerator.is_main_process:
                 write_metrics(args.out / "metrics.jsonl", line)
-        if step % args.save_every == 0 or step == args.steps:
+        if saving:
             save_checkpoint(accelerator, args.out / f"checkpoint-{step}")
             if accelerator.is_main_process:
                 write_results(bare, scheduler, averaged, weights, args.out)
