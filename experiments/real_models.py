@@ -32,11 +32,12 @@ from sample import Parser, run_command
 
 TIMESTEPS = 1000  # of the discrete schedule that PixArt and DiT were trained with: 0 is the cleanest, 999 the noisiest
 SMALL = {"num_layers": 6, "num_attention_heads": 4, "attention_head_dim": 24, "sample_size": 24, "patch_size": 3}
+PIXELS = {"in_channels": 3, "out_channels": 6, "cross_attention_dim": 96, "caption_channels": 64}  # 3 of the noise
 MODELS = {  # what is not named is the library's default: 28 layers, 16 heads of 72 (width 1152), patches of 2
     "pixart-sigma": (PixArtTransformer2DModel, {"sample_size": 64, "caption_channels": 4096, "interpolation_scale": 1}),
     "dit-xl-2": (DiTTransformer2DModel, {"sample_size": 32, "out_channels": 8}),
     "small-dit": (DiTTransformer2DModel, SMALL),
-    "shapes": (PixArtTransformer2DModel, SMALL | {"in_channels": 3, "cross_attention_dim": 96, "caption_channels": 64}),
+    "shapes": (PixArtTransformer2DModel, SMALL | PIXELS),
 }
 
 
