@@ -60,7 +60,7 @@ def routed(i: int, layer: RoutedLayer, signature: inspect.Signature, *args: obje
         raise InputError("a routed model takes no self-attention mask: it makes its own")
     x = call.pop("hidden_states").contiguous()  # the first block gets a transposed view, which is slow to work on
     if torch.is_autocast_enabled(x.device.type):
-        x = x.float()  # as what the library's blocks return under autocast: the sum over layers stays exact
+        x = x.float()  # as PixArt's blocks return it under autocast: the sum over the layers stays exact
     extra = dict(call.pop("cross_attention_kwargs"))
     way = {name: value[i] for name, value in extra.pop("routing").items()}  # this layer's k, or ratio (B,)
     return layer(x, call | {"cross_attention_kwargs": extra}, **way).to(x.dtype)
