@@ -3,17 +3,17 @@
     pip install diffusers                                               # which only this file needs
     python experiments/real_models.py --check                           # the equalities, on small models, in seconds
     python experiments/real_models.py --check --pretrained FOLDER       # on a local copy of real weights
-    python experiments/real_models.py --shapes experiments/results      # a small PixArt learns its table: ten minutes
     python experiments/real_models.py --time --model pixart-sigma --layers 4      # at full width: time against FLOPs
+    python experiments/real_models.py --plan --model pixart-sigma       # FLOPs and memory of a training
 
-In a script of one's own, load_routing makes a pipeline skip tokens; route and diffusion_loss train. The library's models
-keep their code, parameters and names: what routing adds, the table and the routers, is a module beside the model.
+In a script of one's own, load_routing makes a pipeline skip tokens. finetune.py trains. The library's models keep their
+code, and their parameters and checkpoints under their names; what routing adds to them, the table and the routers, is
+one more submodule, in a file of its own.
 """
 
 import copy
 import functools
 import inspect
-import itertools
 import sys
 import time
 from collections.abc import Callable
@@ -21,23 +21,23 @@ from pathlib import Path
 from pickle import PickleError
 
 import torch
-from diffusers import AutoModel, DDPMScheduler, DiTTransformer2DModel, PixArtTransformer2DModel
+from diffusers import AutoModel, DiTTransformer2DModel, PixArtTransformer2DModel
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sample import Parser, draw_ratios, run_command  # isort: skip (first: it finds the file of DIFFRATIO_MOD)
-from diffratio_mod import InputError, RoutedLayer, column_of, even_noise_levels, ratio_loss, tokens_processed
+from diffratio_mod import InputError, RoutedLayer, column_of, tokens_processed
+from sample import Parser, run_command
 
 TIMESTEPS = 1000  # of the discrete schedule that PixArt and DiT were trained with: 0 is the cleanest, 999 the noisiest
 SMALL = {"num_layers": 6, "num_attention_heads": 4, "attention_head_dim": 24, "sample_size": 24, "patch_size": 3}
+PIXELS = {"in_channels": 3, "out_channels": 6, "cross_attention_dim": 96, "caption_channels": 64}  # 3 of the noise
 MODELS = {  # what is not named is the library's default: 28 layers, 16 heads of 72 (width 1152), patches of 2
     "pixart-sigma": (PixArtTransformer2DModel, {"sample_size": 64, "caption_channels": 4096, "interpolation_scale": 1}),
     "dit-xl-2": (DiTTransformer2DModel, {"sample_size": 32, "out_channels": 8}),
     "small-dit": (DiTTransformer2DModel, SMALL),
-    "shapes": (PixArtTransformer2DModel, SMALL | {"in_channels": 3, "cross_attention_dim": 96, "caption_channels": 64}),
+    "shapes": (PixArtTransformer2DModel, SMALL | PIXELS),
 }
 
 
@@ -59,38 +59,74 @@ def routed(i: int, layer: RoutedLayer, signature: inspect.Signature, *args: obje
     if call.pop("attention_mask", None) is not None:
         raise InputError("a routed model takes no self-attention mask: it makes its own")
     x = call.pop("hidden_states").contiguous()  # the first block gets a transposed view, which is slow to work on
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.float()  # as PixArt's blocks return it under autocast: the sum over the layers stays exact
     extra = dict(call.pop("cross_attention_kwargs"))
     way = {name: value[i] for name, value in extra.pop("routing").items()}  # this layer's k, or ratio (B,)
     return layer(x, call | {"cross_attention_kwargs": extra}, **way).to(x.dtype)
 
 
 class Routing(nn.Module):
-    """What routing adds to a model: the table of ratios (L, C), and the routers. Its state_dict is the checkpoint."""
+    """What routing adds to a model, as its submodule `routing`: the table of ratios (L, C), and the routers.
+
+    So the table and the routers are among the model's parameters: whatever moves, averages over processes or saves these
+    does it to those. The library's checkpoint stays without them: the state_dict of this module is a file of its own.
+    """
 
     def __init__(self, model: nn.Module, ratios: Tensor) -> None:
         super().__init__()
-        self.ratios, self.layers = nn.Parameter(ratios.float()), nn.ModuleList()
+        self.ratios = nn.Parameter(ratios.to(torch.get_default_dtype()))
+        self.layers = nn.ModuleList()
+        self.tokens = (model.config.sample_size // model.config.patch_size) ** 2  # N, at the model's own size
+        self.signature = inspect.signature(model.forward)  # now: engines that prepare a model wrap its forward
         for i, block in enumerate(model.transformer_blocks):
-            # The block is in there as a function, not as a module: its weights stay the model's.
+            # The block is in there as a function, not as a module: its weights stay the model's, under their names.
             self.layers.append(RoutedLayer(functools.partial(update, block.forward), model.inner_dim))
             block.forward = functools.partial(routed, i, self.layers[i], inspect.signature(block.forward))
+        self.to(model.device)
+        self.layers.to(model.dtype)
         model.register_forward_pre_hook(self.plan, with_kwargs=True)
-        object.__setattr__(model, "routing", self)  # to be found at the model, but not among its modules
+        save = functools.partial(save_without_routing, model)
+        model.save_pretrained = functools.update_wrapper(save, model.save_pretrained)
+        model.routing = self
+
+    def _apply(self, convert: Callable, recurse: bool = True) -> nn.Module:
+        """What .to() and .half() call. A half-precision model keeps its table: k of 1,024 tokens needs over 8 bits."""
+        exact = self.ratios.data
+        super()._apply(convert, recurse)
+        if self.ratios.dtype.itemsize < 4:
+            self.ratios.data = exact.to(self.ratios.device)
+        return self
+
+    @torch.no_grad()
+    def clamp_ratios(self) -> None:
+        """Bring the ratios back into [0, 1 - 1/N]. Call it after every step of the optimizer."""
+        self.ratios.clamp_(0, 1 - 1 / self.tokens)
 
     def plan(self, model: nn.Module, args: tuple, named: dict) -> tuple[tuple, dict]:
         """Before each forward pass: from the timesteps to each layer's ratios or k, as RoutedLayer.forward takes them."""
-        call = inspect.signature(model.forward).bind(*args, **named).arguments
-        x, p = call["hidden_states"], model.config.patch_size
-        self.to(x.device).layers.to(model.dtype)  # the model may have been moved since
-        level = (torch.as_tensor(call["timestep"], device=x.device).reshape(-1) + 1) / TIMESTEPS  # in (0, 1]
-        columns = column_of(level, self.ratios.shape[1]).expand(len(x))  # (B,)
+        call = self.signature.bind(*args, **named).arguments
+        x = call["hidden_states"]  # (B, c, h, w)
+        timestep = torch.as_tensor(call["timestep"], device=x.device).reshape(-1)
+        columns = column_of((timestep + 1) / TIMESTEPS, self.ratios.shape[1]).expand(len(x))  # (B,)
         plan = {"ratio": self.ratios[:, columns]}  # (L, B): each image has its own, by mask
         if not torch.is_grad_enabled() and (columns == columns[0]).all():  # sampling: one k for all images, by gather
-            plan = {"k": tokens_processed(self.ratios[:, columns[0]], x[0, 0].numel() // p**2).tolist()}  # L integers
+            tokens = x[0, 0].numel() // model.config.patch_size**2
+            plan = {"k": tokens_processed(self.ratios[:, columns[0]], tokens).tolist()}  # L integers
         # A dictionary that the library hands on to every block. So the plan belongs to this call, even when gradient
         # checkpointing runs a block again after another call.
         call["cross_attention_kwargs"] = (call.get("cross_attention_kwargs") or {}) | {"routing": plan}
         return (), call
+
+
+def save_without_routing(model: nn.Module, *args: object, **named: object) -> None:
+    """Stands in for the save_pretrained of a routed model: writes the files that the library would write of it."""
+    routing = model.routing
+    del model.routing
+    try:
+        type(model).save_pretrained(model, *args, **named)
+    finally:
+        model.routing = routing
 
 
 def route(model: nn.Module, regions: int = 10, ratios: Tensor | None = None) -> Routing:
@@ -122,7 +158,7 @@ def load_routing(model: nn.Module, path: str | Path) -> Routing:
 def diffusion_loss(model: nn.Module, noisy: Tensor, t: Tensor, noise: Tensor, condition: dict) -> Tensor:
     """Mean squared error of the noise that the model sees in `noisy`, one number an image (B,); t (B,): 0 ... 999."""
     guess = model(noisy, timestep=t, **condition).sample[:, : noise.shape[1]]  # what follows is a learned variance
-    return (guess.float() - noise).square().mean(dim=(1, 2, 3))
+    return (guess - noise).square().mean(dim=(1, 2, 3))
 
 
 # --- What it shows -----------------------------------------------------------------------------------------------------
@@ -179,48 +215,38 @@ def race(model: nn.Module, mean: float = 0.2, rounds: int = 11) -> None:
     print(f"{1 - quotient:.1%} of the time (medians over {rounds} rounds of both)")
 
 
-def shapes(folder: Path) -> None:
-    """Train a small PixArt on captioned shapes, dense, then routed; leave a picture of the table that it learns."""
-    from train_cifar import Shapes
+def kept_bytes(model: nn.Module, call: dict) -> int:
+    """What autograd keeps of a forward pass under autocast to bfloat16, for the backward pass."""
+    kept = {}
 
-    folder.mkdir(parents=True, exist_ok=True)
-    data, rng, model = Shapes(24), torch.Generator(), MODELS["shapes"][0](**MODELS["shapes"][1])
-    table, words = route(model).ratios, [*data.vocabulary, "-"]  # routed, but dense while ratios and routers are zero
-    vectors = torch.randn(8, len(words), 64)  # in the place of T5: a fixed vector for each word at each place
-    scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2")  # the linear one drowns small images in noise early
+    def keep(z: Tensor) -> Tensor:
+        kept[z.untyped_storage().data_ptr()] = z.untyped_storage()
+        return z
 
-    def losses(count: int, seed: int) -> Tensor:  # of so many images, from the cleanest to the noisiest
-        images, captions, _ = data.batch(count, rng.manual_seed(seed))
-        text = vectors[range(8), [[words.index(w) for w in f"{c} - - - - - - -".split()[:8]] for c in captions]]
-        t, noise = (even_noise_levels(count, rng) * TIMESTEPS).long(), torch.randn(images.shape, generator=rng)
-        return diffusion_loss(model, scheduler.add_noise(images, noise, t), t, noise, {"encoder_hidden_states": text})
+    def give(z: Tensor) -> Tensor:
+        return z
 
-    for steps, rate, target in ((1500, 2e-3, 0.0), (700, 5e-4, 0.3)):
-        weights = [*model.parameters(), *(model.routing.layers.parameters() if target else [])]
-        optimizer = torch.optim.AdamW([{"params": weights}, {"params": table, "weight_decay": 0.0}], betas=(0.9, 0.99))
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [rate, 1e-2], steps, cycle_momentum=False)
-        for step in tqdm(range(steps)):
-            optimizer.zero_grad()
-            (losses(32, steps + step).mean() + 2 * ratio_loss(table, target)).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            table.data.clamp_(0, 0.98)
-    # The ratio's gradient against the finite difference in k, two tokens fewer against two more, on the same batches.
-    learned, step, slope, table.grad = table.data.clone(), 2 / 64, torch.zeros_like(table), None
-    for seed in tqdm(range(8)):
-        losses(160, seed).mean().backward()
-        for layer, sign in itertools.product(range(len(table)), (1, -1)):
-            table.data[layer] += sign * step
-            with torch.no_grad():
-                slope[layer] += sign * losses(160, seed).view(10, -1).mean(1)
-            table.data.copy_(learned)
-    inside = (learned > step) & (learned < 1 - step)
-    same = (table.grad * slope > 0)[inside].float().mean()
-    order = torch.stack([learned.mean(0).argsort().argsort().float(), torch.arange(10.0)])
-    print(f"mean ratio {learned.mean():.3f}, rank correlation with the noise {torch.corrcoef(order)[0, 1]:.2f}")
-    print(f"gradient and finite difference: the same sign in {same:.0%} of {inside.sum()} cells off the bounds")
-    draw_ratios(learned, "A small PixArt on shapes").save(folder / "real-shapes.png")
+    with torch.autograd.graph.saved_tensors_hooks(keep, give), torch.autocast("cpu", torch.bfloat16):
+        out = model(**call)  # noqa: F841 (its graph holds what is kept)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def plan(model: nn.Module) -> None:
+    """Print what a training of the model asks for: parameters, FLOPs and memory. What grows with the batch is told apart."""
+    route(model)
+    blocks = len(model.transformer_blocks)
+    call = example(model)
+    one = {name: value[:1] for name, value in call.items()}
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    of_one = kept_bytes(model, one)
+    of_an_image = kept_bytes(model, call) - of_one
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        model(**one)
+    # With gradient checkpointing: the input of each block, in fp32, and all of one block at a time.
+    inputs = blocks * model.routing.tokens * model.inner_dim * 4
+    print(f"{weights / 1e6:.1f} million parameters, {counter.get_total_flops() / 1e12:.3f} TFLOPs for an image, forward")
+    print(f"kept in bfloat16: copies of the weights {(of_one - of_an_image) / 1e9:.2f} GB, ", end="")
+    print(f"and an image {of_an_image / 1e9:.3f} GB, checkpointed {(inputs + of_an_image / blocks) / 1e9:.3f} GB")
 
 
 def main() -> int | None:
@@ -228,19 +254,19 @@ def main() -> int | None:
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--check", action="store_true", help="the equalities; exit code 1 if one does not hold")
     task.add_argument("--time", action="store_true", help="time and FLOPs saved at a mean ratio of 0.2")
-    task.add_argument("--shapes", type=Path, metavar="FOLDER", help="train a small PixArt; where to leave its table")
+    task.add_argument("--plan", action="store_true", help="parameters, FLOPs and memory of a training in bfloat16")
     parser.add_argument("--model", choices=MODELS, nargs="+", default=[*MODELS][2:], help="of random weights")
     parser.add_argument("--layers", type=int, choices=range(1, 29), default=28, metavar="N", help="of the large models")
     parser.add_argument("--pretrained", metavar="FOLDER", help="a transformer's own, with its config.json")
     args = parser.parse_args()
     torch.manual_seed(0)
-    if args.shapes:
-        return shapes(args.shapes)
     models = [kind(**{"num_layers": args.layers} | config).eval() for kind, config in map(MODELS.get, args.model)]
     if args.pretrained:
         models = [AutoModel.from_pretrained(args.pretrained, local_files_only=True, low_cpu_mem_usage=False)]
     if args.time:
         return race(models[0])
+    if args.plan:
+        return plan(models[0])
     hold = [check(model) for model in models]
     print("all equalities hold" if all(hold) else "NOT ALL EQUALITIES HOLD: a difference is above 1e-5")
     return not all(hold)
