@@ -358,12 +358,14 @@ def diffusion_loss(
 
 @torch.no_grad()
 def sample(
-    model: DiT, words: Tensor, noise: Tensor, steps=30, guidance=3.0, known=None, mask=None, ratios=None, hook=None
-) -> Tensor:
+    model: DiT, words: Tensor, noise: Tensor, steps=30, guidance=3.0, guidance_interval=(0.0, 1.0),
+    known=None, mask=None, ratios=None, hook=None,
+) -> Tensor:  # fmt: skip
     """Generate images (B, 3, S, S) in [-1, 1] with DPM-Solver++(2M), the tokens that a layer skips really skipped.
 
     words (B, W), ids as in Config; noise, the start (B, 3, S, S), standard normal; guidance, classifier-free: 1 is the
-    plain conditional model, at half the cost; known and mask, for inpainting, as in DiT.forward: known pixels are
+    plain conditional model, at half the cost; guidance_interval, the lowest and the highest t at which guidance acts
+    (arXiv 2404.07724): all other steps are plain; known and mask, for inpainting, as in DiT.forward: known pixels are
     returned unchanged; ratios, another table (L, any number of columns) in place of the learned one: zeros skip nothing
     (the gates remain), and a dense model ignores it; hook, a function, called at every step with t and the current x0.
     """
@@ -374,16 +376,21 @@ def sample(
     a, s = (z.tolist() for z in schedule(levels))
     known = torch.zeros_like(noise) if known is None else known
     mask = torch.ones_like(noise[:, :1]) if mask is None else mask
-    guided = guidance != 1  # then both captions, the given and the null one, run as one batch
-    double = (lambda z: torch.cat([z, z])) if guided else (lambda z: z)
-    caption = model.encode_caption(torch.cat([words, torch.zeros_like(words)]) if guided else words)
+    low, high = guidance_interval  # below, 1e-4: for a t on an edge
+    guided = [guidance != 1 and low - 1e-4 <= t <= high + 1e-4 for t in levels[:-1].tolist()]  # of each step
+    if any(guided):
+        words = torch.cat([words, torch.zeros_like(words)])  # the given captions and the null ones
+    captions = model.encode_caption(words)
 
-    noisy, last_x0, last_stride = noise, noise, 1.0
+    noisy = noise
     for i, t in enumerate(levels[:-1].tolist()):
+        halves = 2 if guided[i] else 1  # the conditional and, where guidance acts, the unconditional one, as one batch
+        caption = captions[: halves * len(noise)]
         t_of_all = noisy.new_full((len(caption),), t)
         k_i = None if model.config.mode == "dense" else k[column[i]]
-        eps = model(double(noisy), t_of_all, caption, double(known), double(mask), k=k_i).float()
-        if guided:
+        noisy_halves, known_halves, mask_halves = (z.repeat(halves, 1, 1, 1) for z in (noisy, known, mask))
+        eps = model(noisy_halves, t_of_all, caption, known_halves, mask_halves, k=k_i).float()
+        if guided[i]:
             conditional, unconditional = eps.chunk(2)
             eps = unconditional + guidance * (conditional - unconditional)
         x0 = torch.where(mask.bool(), ((noisy - s[i] * eps) / a[i]).clamp(-1, 1), known)
@@ -394,7 +401,9 @@ def sample(
         image = x0
         if i < steps - 1:
             stride = math.log(a[i + 1] / s[i + 1]) - math.log(a[i] / s[i])
-            image = x0 if i == 0 else x0 + stride / (2 * last_stride) * (x0 - last_x0)
-            last_x0, last_stride = x0, stride
+            if i > 0:
+                image = x0 + stride / (2 * last_stride) * (x0 - last_x0)
+            last_x0 = x0
+            last_stride = stride
         noisy = a[i + 1] * image + s[i + 1] * (noisy - a[i] * image) / s[i]
     return noisy  # at t = 0, where it is x0

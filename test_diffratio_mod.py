@@ -488,6 +488,51 @@ def test_method_inpainting_returns_known_pixels_unchanged_and_never_sees_hidden_
     assert torch.equal(images, method.sample(model, words, noise, 5, known=hidden, mask=mask))
 
 
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.25, 1.0), (0.0, 0.75), (0.3, 0.6), (0.7, 0.7), (0.8, 0.2)])
+@pytest.mark.parametrize("mode", ["dense", "layer-timestep"])
+def test_method_guidance_acts_within_its_interval_and_all_other_steps_run_the_conditional_half_alone(mode, interval):
+    model = small_model(mode)
+    noise = torch.randn(8, 3, 12, 12)
+    known, words, mask, *_ = small_batch().values()
+    expected_batches = []
+
+    def predict(x, t):  # outside of the interval both are the conditional prediction, so guidance changes nothing
+        tenth = round(10 * t)
+        acts = 10 * interval[0] <= tenth <= 10 * interval[1]
+        k = None if mode == "dense" else k_at(model.ratios, t)
+        predictions = []
+        for caption in (words, 0 * words if acts else words):
+            inputs = x, torch.full((8,), t).float(), model.encode_caption(caption), known, mask
+            predictions.append(model(*inputs, k=k).detach())
+        expected_batches.append(16 if acts else 8)
+        return predictions
+
+    expected = paper_sampler(predict, noise, known, mask, steps=10, guidance=4.0)
+    guesses = []
+    batches = []
+    model.layers[2].register_forward_pre_hook(lambda module, inputs: batches.append(len(inputs[0])))
+    result = method.sample(
+        model, words, noise, 10, 4.0, interval, known, mask, hook=lambda t, guess: guesses.append((t, guess))
+    )
+    for (t, guess), (expected_t, expected_guess) in zip([*guesses, (0.0, result)], expected, strict=True):
+        assert t == pytest.approx(expected_t)
+        torch.testing.assert_close(guess.double(), expected_guess.double(), rtol=1e-4, atol=1e-4)
+    assert batches == expected_batches
+
+
+def test_method_guidance_everywhere_is_the_default_and_guidance_nowhere_is_the_plain_model_to_the_last_bit():
+    model = small_model()
+    words = small_batch()["words"]
+    noise = torch.randn(8, 3, 12, 12)
+    encoded = []
+    model.caption_encoder.register_forward_pre_hook(lambda module, inputs: encoded.append(len(inputs[0])))
+    default = method.sample(model, words, noise, 5)
+    assert torch.equal(default, method.sample(model, words, noise, 5, 3.0, guidance_interval=(0.0, 1.0)))
+    plain = method.sample(model, words, noise, 5, guidance=1.0)
+    assert torch.equal(plain, method.sample(model, words, noise, 5, 3.0, guidance_interval=(0.0, 0.1)))
+    assert encoded == [16, 16, 8, 8] and not torch.equal(default, plain)
+
+
 # --- The data --------------------------------------------------------------------------------------------------------
 
 
