@@ -19,8 +19,8 @@ Each arm chooses its guidance and the interval of noise levels where it acts, at
 the middle of --guidance and the first of --intervals to whatever is better, one guidance up or down or another
 interval, until nothing is. Of all tried within one standard error of the best, it takes the cheapest. With this choice
 it samples at every step count. Quality: for photographs KID in thousandths (photographs.py), for `shapes` the share of
-prompts followed (judge.py). Last come the seconds, of all arms in interleaved rounds. Leaves tradeoff-DATASET.json and
-.png; arms that the file holds already are not run again.
+prompts followed (judge.py). Last come the seconds, of all arms in interleaved rounds. Leaves tradeoff-DATASET.json, and
+.png with all arms of that file; those that it holds already are not run again.
 """
 
 import argparse
@@ -281,7 +281,7 @@ def draw_chart(results: dict, dataset: str, path: Path) -> None:
     for axis, cost in zip(axes, ("GFLOPs", "seconds")):
         axis.set_prop_cycle(color=colours)
         for name, row in results.items():
-            points = list(row["steps"].values())
+            points = [point for point in row["steps"].values() if cost in point]  # a run cut short has no seconds
             style = "o--" if name.startswith("dense") else "o-"
             axis.plot([p[cost] for p in points], [p["quality"] for p in points], style, markersize=4, label=name)
         axis.set(xlabel=f"{cost} an image", xscale="log")
@@ -333,9 +333,8 @@ def main() -> None:
             common.write_json(results, out)
     measure_seconds(models, measure.prompts(32), results, args)
     common.write_json(results, out)
-    of_arms = {name: results[name] for name in models}
-    print_table(of_arms, args.steps)
-    draw_chart(of_arms, args.dataset, out.with_suffix(".png"))
+    print_table({name: results[name] for name in models}, args.steps)
+    draw_chart(results, args.dataset, out.with_suffix(".png"))
 
 
 if __name__ == "__main__":
