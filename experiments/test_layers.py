@@ -1,4 +1,4 @@
-"""The layers that the routed one is compared with: right where it is known what they must give."""
+"""The layers that the routed one is compared with, and the arms of the trade-off, where it is known what is right."""
 
 import sys
 from dataclasses import asdict
@@ -6,76 +6,257 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import common
+import numpy as np
 import pytest
 import torch
 import tradeoff
+from tradeoff import Guidance
 
-from diffratio_mod import Config, DiT, InputError, RoutedLayer
+from diffratio_mod import Config, DiT, InputError, RoutedLayer, column_of, sample, tokens_processed
+
+
+def random_model(mode="uniform", regions=2):
+    model = DiT(Config(("a", "b"), 16, 4, 16, 2, 2, 2, mode, regions)).eval()
+    for parameter in model.parameters():
+        parameter.data = 0.3 * torch.randn(parameter.shape)
+    model.ratios.data = torch.rand(model.ratios.shape) / 2
+    return model
 
 
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    model = DiT(Config(("a", "b"), 16, 4, 16, 2, 2, 2, "uniform", 2)).eval()
-    for parameter in model.parameters():
-        parameter.data = 0.3 * torch.randn(parameter.shape)
-    return model
+    return random_model()
 
 
 def run(model, kind, k, batch=4, noise=None):
     torch.manual_seed(1)
-    noise = torch.randn(batch, 3, 16, 16) if noise is None else noise
-    caption, mask = model.encode_caption(torch.ones(batch, 2, dtype=torch.long)), torch.ones(batch, 1, 16, 16)
+    if noise is None:
+        noise = torch.randn(batch, 3, 16, 16)
+    caption = model.encode_caption(torch.ones(batch, 2, dtype=torch.long))
+    mask = torch.ones(batch, 1, 16, 16)
+    common.use(model, kind)
+    common.begin_sampling(model, batch)
     with torch.no_grad():
-        return common.use(model, kind)(noise, torch.full((batch,), 0.5), caption, noise, mask, k=[k, k])
+        return model(noise, torch.full((batch,), 0.5), caption, noise, mask, k=[k, k])
 
 
-@pytest.mark.parametrize("kind", [common.AttentionPrunedLayer, common.CachedLayer, common.MergedLayer])
+CACHES = [common.CachedLayer, common.ForecastingLayer]
+
+
+@pytest.mark.parametrize("kind", [common.AttentionPrunedLayer, common.MergedLayer, *CACHES])
 def test_layers_that_are_not_trained_equal_the_dense_ones_where_nothing_is_skipped(model, kind):
     if kind is common.MergedLayer:
         for layer in model.layers:  # its gate is the routed layer's
-            torch.nn.init.zeros_(layer.router.weight), torch.nn.init.zeros_(layer.router.bias)
+            torch.nn.init.zeros_(layer.router.weight)
+            torch.nn.init.zeros_(layer.router.bias)
     torch.testing.assert_close(run(model, kind, 16), run(model, RoutedLayer, None), rtol=1e-4, atol=1e-5)
 
 
 def test_pruned_tokens_take_what_a_kept_one_gains_and_kept_ones_their_own(model):
-    layer, x = model.layers[0], torch.randn(2, 16, 16)
+    layer = model.layers[0]
+    x = torch.randn(2, 16, 16)
     context = (torch.randn(2, 6, 16), torch.randn(2, 2, 16))
     common.use(model, common.AttentionPrunedLayer)
     with torch.no_grad():
-        whole, pruned = layer(x, *context, k=16), layer(x, *context, k=5)
+        whole = layer(x, *context, k=16)
+        pruned = layer(x, *context, k=5)
     same = (whole - pruned).abs().amax(dim=2) < 1e-5
     assert same.sum(dim=1).tolist() == [5, 5]  # attention sees all tokens, so the kept ones are as they were
 
 
-def test_a_cached_layer_repeats_the_gain_of_the_step_before(model):
-    layer, (x, y), context = model.layers[0], torch.randn(2, 2, 16, 16), (torch.randn(2, 6, 16), torch.randn(2, 2, 16))
-    common.use(model, common.CachedLayer)
-    with torch.no_grad():
-        first, second, third = layer(x, *context), layer(y, *context), layer(y, *context)
-    torch.testing.assert_close(second - y, first - x)
-    assert (third - second).abs().max() > 0.01
+def gains_of(model, kind, rows):
+    """What the first layer adds at each step of a sampling, and what the layer alone gives for the same input.
+
+    rows: how many rows the batch of each step has.
+    """
+    common.use(model, kind)
+    common.begin_sampling(model, 2)
+    layer = model.layers[0]
+    gains = []
+    computed = []
+    for count in rows:
+        x = torch.randn(4, 16, 16)[:count]
+        context = (torch.randn(4, 6, 16)[:count], torch.randn(4, 2, 16)[:count])
+        with torch.no_grad():
+            gains.append(layer(x, *context) - x)
+            computed.append(layer.layer(x, None, *context))
+    return gains, computed
+
+
+def test_a_cache_repeats_on_every_second_step_what_was_added_the_step_before(model):
+    gains, computed = gains_of(model, common.CachedLayer, [4, 4, 4, 4, 4, 4])
+    for step, gain in enumerate(gains):
+        torch.testing.assert_close(gain, computed[step - step % 2], rtol=1e-4, atol=1e-5)
+    assert (computed[1] - computed[0]).abs().max() > 0.01
+
+
+def test_a_forecast_is_exact_where_a_layer_adds_what_changes_linearly_and_repeats_while_one_step_is_known(model):
+    common.use(model, common.ForecastingLayer)
+    common.begin_sampling(model, 4)
+    layer = model.layers[0]
+    start = torch.randn(4, 16, 16)
+    slope = torch.randn(4, 16, 16)
+    for step in range(9):
+        layer.layer.forward = lambda x, *_: start + step * slope
+        expected = start if step == 1 else start + step * slope
+        torch.testing.assert_close(layer(torch.zeros(4, 16, 16)), expected)
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_a_cache_computes_when_guidance_begins_and_keeps_the_conditional_half_when_it_ends(model, kind):
+    gains, computed = gains_of(model, kind, [2, 4, 4, 4, 4, 2, 2])
+    for step in (0, 1, 2, 4, 6):  # 1: the unconditional half has not been computed yet
+        torch.testing.assert_close(gains[step], computed[step], rtol=1e-4, atol=1e-5)
+    expected = {3: computed[2], 5: computed[4][:2]}
+    if kind is common.ForecastingLayer:
+        expected = {3: 2 * computed[2] - computed[1], 5: 1.5 * computed[4][:2] - 0.5 * computed[2][:2]}
+    for step, gain in expected.items():
+        torch.testing.assert_close(gains[step], gain, rtol=1e-4, atol=1e-5)
+
+
+def test_a_forecast_repeats_where_the_step_before_the_last_had_no_unconditional_half(model):
+    gains, computed = gains_of(model, common.ForecastingLayer, [2, 2, 4, 4])
+    for step in range(4):
+        torch.testing.assert_close(gains[step], computed[step - step % 2], rtol=1e-4, atol=1e-5)
 
 
 def test_the_weaker_half_is_the_second_one_and_skips_twice_as_much(model):
-    noise = torch.randn(4, 3, 16, 16).repeat(2, 1, 1, 1)[:4]
-    weaker = run(model, common.WeakerUnconditionalLayer, 12, noise=noise)
+    noise = torch.randn(4, 3, 16, 16)
+    common.use(model, common.WeakerUnconditionalLayer)
+    caption = model.encode_caption(torch.ones(4, 2, dtype=torch.long))
+    inputs = (noise, torch.full((4,), 0.5), caption, noise, torch.ones(4, 1, 16, 16))
+    common.begin_sampling(model, 2)
+    with torch.no_grad():
+        weaker = model(*inputs, k=[12, 12])
+        plain = model(*(z[:2] for z in inputs), k=[12, 12])  # a step without guidance
     for rows, k in ((slice(0, 2), 12), (slice(2, 4), 8)):
         torch.testing.assert_close(weaker[rows], run(model, RoutedLayer, k, noise=noise)[rows])
+    torch.testing.assert_close(plain, run(model, RoutedLayer, 12, noise=noise)[:2])
+
+
+@pytest.mark.parametrize("modes", ["dense layer-timestep", "layer-timestep layer-timestep", "layer dense"])
+def test_guidance_by_skipping_is_plain_sampling_with_the_guided_prediction_of_two_models_that_read_the_caption(modes):
+    torch.manual_seed(0)
+    strong, weak = (random_model(mode, 5) for mode in modes.split())
+    words = torch.tensor([[1, 2], [2, 0], [1, 0]])
+    noise = torch.randn(3, 3, 16, 16)
+    both = common.GuidedBySkipping(strong, weak)
+    common.begin_sampling(both, 3)
+    result = sample(both, words, noise, 10, 2.5, (0.3, 0.8))
+
+    def one(model, x, t):
+        k = None
+        if model.config.mode != "dense":
+            column = column_of(t[:1], model.ratios.shape[1])
+            k = tokens_processed(model.ratios[:, column], 16).flatten().tolist()
+        zero = torch.zeros_like(x)
+        return model(x, t, model.encode_caption(words), zero, torch.ones_like(x[:, :1]), k=k)
+
+    def guided(x, t, *_, **__):
+        eps = one(strong, x, t)
+        if 0.29 < t[0] < 0.81:
+            eps = one(weak, x, t) + 2.5 * (eps - one(weak, x, t))
+        return eps
+
+    reference = random_model("dense")
+    reference.forward = guided
+    torch.testing.assert_close(result, sample(reference, words, noise, 10, 1.0), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(result, sample(strong, words, noise, 10, 1.0), atol=1e-2)
+
+
+def test_models_that_do_not_fit_cannot_guide_each_other():
+    with pytest.raises(InputError):
+        common.GuidedBySkipping(random_model("layer-timestep", 5), random_model("layer-timestep", 4))
+    with pytest.raises(InputError):
+        common.GuidedBySkipping(random_model(), DiT(Config(("a", "c"), 16, 4, 16, 2, 2, 2, "uniform", 2)))
+
+
+def test_operations_add_up_over_layers_halves_and_steps():
+    torch.manual_seed(0)
+    strong = random_model("dense")
+    weak = random_model("layer-timestep", 5)
+    table = weak.ratios.detach()
+
+    def count(model, steps=10, guidance=3.0, interval=(0.0, 1.0), ratios=None):
+        return common.flops(model, model.ratios.detach() if ratios is None else ratios, steps, guidance, interval)
+
+    for model in (strong, weak):
+        halves = count(model, guidance=1.0)
+        assert count(model) == 2 * halves
+        guided_steps = 2 * count(model, 1, 1.0)  # one of the two captions, and one of the two halves
+        assert count(model, 1) == guided_steps
+        everywhere, nowhere = count(model), count(model, interval=(0.0, 0.05))
+        assert nowhere == halves < count(model, interval=(0.25, 1.0)) < count(model, interval=(0.15, 1.0)) < everywhere
+    both = common.GuidedBySkipping(strong, weak)
+    assert count(both) == count(strong, guidance=1.0) + count(weak, guidance=1.0)
+    assert count(both, guidance=1.0) == count(strong, guidance=1.0)
+    assert count(weak, ratios=0 * table) > count(weak) > count(weak, ratios=0 * table + 0.9)
+    cached = common.use(random_model("dense"), common.CachedLayer)
+    assert count(strong) / 2 < count(cached) < 0.7 * count(strong)
+
+
+def test_the_choice_of_an_arm_is_the_cheapest_within_one_standard_error_of_the_best():
+    intervals = [(0, 1), (0.25, 1), (0.45, 1)]
+    asked = []
+
+    def quality_at(guidance):  # best at 4 and 0.25; the narrowest interval is 1.5 worse
+        of_interval = {0: 3.0, 0.25: 0.0, 0.45: 1.5}[guidance.interval[0]]
+        return 50 + 5 * abs(guidance.weight - 4) + of_interval
+
+    def try_it(guidance):
+        asked.append(guidance)
+        return {"quality": sign * quality_at(guidance), "standard error": error}
+
+    for sign, higher in ((1, False), (-1, True)):
+        for error, expected in ((1.0, 0.25), (2.0, 0.45)):
+            asked.clear()
+            cost = lambda guidance: 1 - guidance.interval[0]
+            best, tried = tradeoff.choose(try_it, cost, [1, 2, 3, 4, 5], intervals, higher)
+            assert best == Guidance(4, (expected, 1))
+            assert len(set(asked)) == len(asked) == len(tried) < 15  # none twice, and not all
+            assert Guidance(5, (0.25, 1)) in tried and Guidance(3, (0.25, 1)) in tried
 
 
 def test_an_arm_of_the_tradeoff_has_its_checkpoints_weights_and_the_table_that_it_names(tmp_path):
     torch.manual_seed(0)
-    model = DiT(Config(("a", "b"), 16, 4, 16, 2, 2, 2, "layer-timestep", 5))
-    model.ratios.data = torch.rand(2, 5) / 2
-    torch.save({"config": asdict(model.config), "ema": model.state_dict()}, path := tmp_path / "model.pt")
-    arm = lambda kind: tradeoff.model_of(f"name={path}{kind}", torch.device("cpu"))
-    assert torch.equal(arm("").ratios, model.ratios) and arm(":scaled:0").ratios.eq(0).all()
+    model = random_model("layer-timestep", 5)
+    path = tmp_path / "model.pt"
+
+    def arm(kind):
+        return tradeoff.model_of(f"name={path}{kind}", torch.device("cpu"))
+
+    torch.save({"config": asdict(model.config), "ema": model.state_dict()}, path)
+    assert torch.equal(arm("").ratios, model.ratios)
+    assert arm(":scaled:0").ratios.eq(0).all()
     scaled = arm(":scaled:0.1")
     torch.testing.assert_close(scaled.ratios / model.ratios, torch.full((2, 5), 0.1 / model.ratios.mean().item()))
-    assert arm(":merging:0.3").ratios.eq(0.3).all() and torch.equal(scaled.out.bias, model.out.bias)
+    assert torch.equal(scaled.out.bias, model.out.bias)
+    assert arm(":merging:0.3").ratios.eq(0.3).all()
+    assert isinstance(arm(":forecast").layers[1], common.ForecastingLayer)
+    for kind, weak_table in ((":weak-table:0.4", model.ratios.clamp(min=0.4)), (f":weak-model:{path}", model.ratios)):
+        guided = arm(kind)
+        assert torch.equal(guided.ratios, torch.cat([model.ratios, weak_table]))
+        assert torch.equal(guided.weak.out.bias, guided.strong.out.bias)
     model.ratios.data.zero_()
     torch.save({"config": asdict(model.config), "ema": model.state_dict()}, path)
-    for wrong in (":scaled", ":scaled:0.1", ":scaled:2", ":cache:0.1", ":cached"):
+    of_a_table = [":scaled", ":scaled:0.1", ":scaled:2", ":weak-table:0.5"]
+    for wrong in (*of_a_table, ":weak-model:no.pt", ":cache:0.1", ":cached"):
         with pytest.raises(InputError):
             arm(wrong)
+
+
+def test_every_arm_draws_each_image_from_its_own_noise_whatever_the_batch(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model = random_model("layer-timestep", 5)
+    path = tmp_path / "model.pt"
+    torch.save({"config": asdict(model.config), "ema": model.state_dict()}, path)
+    args = tradeoff.make_parser().parse_args(["name=path"])
+    options = Guidance(2.0, (0.25, 0.85)).options()
+    for kind in ("", ":cache", ":forecast", ":weaker", ":weak-table:0.4", f":weak-model:{path}"):
+        arm = tradeoff.model_of(f"name={path}{kind}", torch.device("cpu"))
+        whole = tradeoff.draw_all(arm, ["a", "b", "a b"], args, steps=5, **options)
+        monkeypatch.setattr(tradeoff, "BATCH", 2)
+        parts = tradeoff.draw_all(arm, ["a", "b", "a b"], args, steps=5, **options)
+        monkeypatch.undo()
+        assert np.abs(whole.astype(int) - parts).max() <= 1  # rounding

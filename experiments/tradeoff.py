@@ -1,167 +1,341 @@
 """The trade-off between quality and cost: routing, and what a user would do instead, each at several step counts.
 
-    C=runs/compare/folder
-    python experiments/tradeoff.py dense=$C/0-dense/checkpoint.pt cache=$C/0-dense/checkpoint.pt:cache \\
-        "layer-timestep 0.3=$C-0.3/0-layer-timestep/checkpoint.pt" --dataset folder --data-dir data/cifar10-jpeg
+    D=assets/cifar_dense.pt
+    python experiments/tradeoff.py dense=$D cache=$D:cache layer-timestep=assets/cifar_routed.pt \\
+        --dataset folder --data-dir data/cifar10-jpeg
 
-An arm is NAME=CHECKPOINT, and what is behind a colon makes the layers of the model compute in another way: `cache` (on
-every second step a layer adds what it added the step before), `merging:0.3` (ToMe, package tomesd) and `pruning:0.3`
-(AT-EDM) with this share of the tokens, `weaker` (the unconditional half of guidance skips twice as much), `scaled:0.2` (the
-table scaled to this mean). Each arm chooses its guidance at 10 steps on 500 images (from the middle of --guidance
-outwards, until the best lies between two worse ones, or at an end), and samples at every step count with it. Quality: for
-photographs KID in thousandths (photographs.py), for `shapes` the share of prompts followed (judge.py). Last come the
-seconds, of all arms in interleaved rounds. Leaves tradeoff-DATASET.json and .png; arms that the file holds already are not
-run again.
+An arm is NAME=CHECKPOINT. What is behind a colon makes the model compute in another way:
+
+    cache             on every second step a layer adds what it added the step before
+    forecast          the same, but it adds what the last two steps that were computed let expect
+    merging:0.3       tokens are merged (ToMe, package tomesd), this share of them
+    pruning:0.3       tokens are pruned by attention (AT-EDM), this share of them
+    scaled:0.2        the learned table is scaled to this mean
+    weaker            the unconditional half of guidance skips twice as much
+    weak-model:PATH   guidance by skipping: this checkpoint takes the place of the unconditional half, with the caption
+    weak-table:0.6    guidance by skipping: so does the model itself with every ratio at least this high
+
+Each arm chooses its guidance and the interval of noise levels where it acts, at 10 steps on --choose-by images: from
+the middle of --guidance and the first of --intervals to whatever is better, one guidance up or down or another
+interval, until nothing is. Of all tried within one standard error of the best, it takes the cheapest. With this choice
+it samples at every step count. Quality: for photographs KID in thousandths (photographs.py), for `shapes` the share of
+prompts followed (judge.py). Last come the seconds, of all arms in interleaved rounds. Leaves tradeoff-DATASET.json, and
+.png with all arms of that file; those that it holds already are not run again.
 """
 
 import argparse
-import functools
+import copy
 import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import common
 import numpy as np
 import photographs
 import torch
-from common import tools
 from judge import followed, prompts_of, trained_judge
+from torch import nn
 from tqdm import tqdm
 
-from diffratio_mod import DiT, InputError, RoutedLayer
+from diffratio_mod import DiT, InputError
+from sample import Parser, images_from_prompts, input_errors, number, pick_device, read_checkpoint, run_command
 from train_cifar import load_data
 
-KINDS = {"": RoutedLayer, "cache": common.CachedLayer, "weaker": common.WeakerUnconditionalLayer}
-KINDS |= {"merging": common.MergedLayer, "pruning": common.AttentionPrunedLayer, "scaled": RoutedLayer}
+LAYERS = {"cache": common.CachedLayer, "forecast": common.ForecastingLayer, "weaker": common.WeakerUnconditionalLayer}
+LAYERS.update({"merging": common.MergedLayer, "pruning": common.AttentionPrunedLayer})
+WITHOUT_VALUE = ("", "cache", "forecast", "weaker")
+WITH_RATIO = ("merging", "pruning", "scaled", "weak-table")
+BATCH = 50  # images that are sampled at once
 
 
-def model_of(arm: str, device: torch.device) -> DiT:
-    """The model of NAME=CHECKPOINT:KIND:RATIO."""
-    path, kind, ratio = (*arm.partition("=")[2].split(":"), "", "")[:3]
-    if kind not in KINDS or (kind in ("merging", "pruning", "scaled")) != bool(ratio):
-        raise InputError(f"{arm!r} is not NAME=CHECKPOINT, with :cache, :weaker, :merging:, :pruning: or :scaled:RATIO")
-    model, _ = tools.read_checkpoint(Path(path))
-    if ratio:
-        with tools.input_errors(f"the ratio of {arm!r}"):
-            mean = tools.number(float, 0, 0.98)(ratio)
-        if kind == "scaled" and not model.ratios.any():
-            raise InputError(f"{arm!r}: this model has no learned table to scale")
-        weights, table = model.state_dict(), common.scaled(model.ratios.detach(), mean)
-        if kind != "scaled":  # one ratio for all layers and steps
-            model, table = DiT(replace(model.config, mode="uniform")), torch.full_like(table[:, :1], mean)
-        model.load_state_dict(weights | {"ratios": table})
-    return common.use(model.eval().to(device), KINDS[kind])
+# --- Arms ------------------------------------------------------------------------------------------------------------
 
 
-def draw(model: DiT, prompts: list[str], first: int, args: argparse.Namespace, **options: float) -> np.ndarray:
-    """As tools.images_from_prompts, in any layers and precision."""
-    for layer in model.layers:
-        layer.calls = 0
-    with torch.autocast(model.ratios.device.type, torch.bfloat16, enabled=args.amp):
-        return tools.images_from_prompts(model, prompts, args.seed, first, **options)
+def model_of(arm: str, device: torch.device) -> nn.Module:
+    """The model of NAME=CHECKPOINT:KIND:VALUE, a DiT or a GuidedBySkipping. Raises InputError."""
+    _, _, source = arm.partition("=")
+    path, _, way = source.partition(":")
+    kind, _, value = way.partition(":")
+    allowed = (*WITH_RATIO, "weak-model") if value else WITHOUT_VALUE
+    if not path or kind not in allowed:
+        ways = [*WITHOUT_VALUE[1:], *(f"{name}:RATIO" for name in WITH_RATIO), "weak-model:CHECKPOINT"]
+        raise InputError(f"{arm!r} is not NAME=CHECKPOINT, alone or with one of :{', :'.join(ways)}")
+    model, _ = read_checkpoint(Path(path))
+    if kind == "weak-model":
+        weak, _ = read_checkpoint(Path(value))
+        model = common.GuidedBySkipping(model, weak)
+    elif kind in WITH_RATIO:
+        with input_errors(f"the ratio of {arm!r}"):
+            ratio = number(float, 0, 0.98)(value)
+        model = with_ratio(model, kind, ratio)
+    if kind in LAYERS:
+        common.use(model, LAYERS[kind])
+    return model.eval().to(device)
 
 
-def measure_of(args: argparse.Namespace, size: int, device: torch.device) -> tuple[Callable, Callable, bool]:
-    """Prompts by their number; quality and its standard error of images and prompts; whether more of it is better."""
+def with_ratio(model: DiT, kind: str, ratio: float) -> nn.Module:
+    """The model with the ratios that the kind of an arm asks for. Raises InputError if it has no table to change."""
+    table = model.ratios.detach()
+    if kind in ("merging", "pruning"):  # one ratio for all layers and steps
+        uniform = DiT(replace(model.config, mode="uniform"))
+        uniform.load_state_dict(model.state_dict() | {"ratios": torch.full_like(table[:, :1], ratio)})
+        return uniform
+    if not table.any():
+        raise InputError(f"{kind}: this model has no learned table")
+    if kind == "scaled":
+        model.ratios.data = common.scaled(table, ratio)
+        return model
+    weak = copy.deepcopy(model)
+    weak.ratios.data = table.clamp(min=ratio)
+    return common.GuidedBySkipping(model, weak)
+
+
+# --- Quality ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How good images are."""
+
+    prompts: Callable[[int], list[str]]  # so many, the same at every call
+    quality: Callable[[np.ndarray, list[str]], dict[str, float]]  # of images of prompts: quality and standard error
+    second: Callable[[np.ndarray], dict[str, float]] | None  # the same by another network, if asked for
+    higher_is_better: bool
+
+
+def measure_of(args: argparse.Namespace, size: int, device: torch.device) -> Measure:
     if args.dataset == "folder":
-        distance = photographs.measure_of(args.data_dir, size, device)
-        captions = load_data(argparse.Namespace(**vars(args), image_size=size), "test").captions
-        quality = lambda images, _: [distance(images)[name] for name in ("KID e-3", "standard error")]
-        return lambda num: (captions * num)[:num], quality, False
+        return measure_photographs(args, size, device)
     judge = trained_judge(size, device)
 
-    def share_followed(images: np.ndarray, prompts: list[str]) -> list[float]:
-        share = float(followed(judge, common.to_float(images), prompts).float().mean())
-        return [100 * share, 100 * (share * (1 - share) / len(prompts)) ** 0.5]
+    def prompts(count: int) -> list[str]:  # of seen and held-out pairs in turn
+        pairs = zip(prompts_of(count // 2, False), prompts_of(count // 2, True))
+        return [prompt for pair in pairs for prompt in pair]
 
-    both = lambda num: zip(prompts_of(num // 2, False), prompts_of(num // 2, True))
-    return lambda num: [prompt for pair in both(num) for prompt in pair], share_followed, True
+    def share_followed(images: np.ndarray, prompts: list[str]) -> dict[str, float]:
+        share = float(followed(judge, common.to_float(images), prompts).float().mean())
+        error = (share * (1 - share) / len(prompts)) ** 0.5
+        return {"quality": 100 * share, "standard error": 100 * error}
+
+    return Measure(prompts, share_followed, None, True)
+
+
+def measure_photographs(args: argparse.Namespace, size: int, device: torch.device) -> Measure:
+    captions = load_data(argparse.Namespace(**vars(args), image_size=size), "test").captions
+    distance = photographs.measure_of(args.data_dir, size, device)
+
+    def quality(images: np.ndarray, _: list[str]) -> dict[str, float]:
+        found = distance(images)
+        return {"quality": found["KID e-3"], "standard error": found["standard error"]}
+
+    second = None
+    if args.second_network:
+        second_distance = photographs.measure_of(args.data_dir, size, device, "lite2")
+
+        def second(images: np.ndarray) -> dict[str, float]:
+            found = second_distance(images)
+            return {"quality, lite2": found["KID e-3"], "standard error, lite2": found["standard error"]}
+
+    return Measure(lambda count: (captions * count)[:count], quality, second, False)
+
+
+def draw(model: nn.Module, prompts: list[str], first: int, args: argparse.Namespace, **options) -> np.ndarray:
+    """As images_from_prompts, with any kind of arm, and in bfloat16 if asked. options: of diffratio_mod.sample."""
+    common.begin_sampling(model, len(prompts))
+    with torch.autocast(model.ratios.device.type, torch.bfloat16, enabled=args.amp):
+        return images_from_prompts(model, prompts, args.seed, first, **options)
+
+
+def draw_all(model: nn.Module, prompts: list[str], args: argparse.Namespace, **options) -> np.ndarray:
+    parts = []
+    for first in tqdm(range(0, len(prompts), BATCH), str(options), leave=False, disable=None):
+        parts.append(draw(model, prompts[first : first + BATCH], first, args, **options))
+    return np.concatenate(parts)
+
+
+# --- An arm's choice of guidance -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Guidance:
+    weight: float  # of guidance
+    interval: tuple[float, float]  # the lowest and the highest noise level at which it acts
+
+    def options(self) -> dict:
+        """Arguments for diffratio_mod.sample."""
+        return {"guidance": self.weight, "guidance_interval": self.interval}
+
+
+def choose(
+    try_it: Callable[[Guidance], dict[str, float]],
+    cost: Callable[[Guidance], float],
+    weights: list[float],
+    intervals: list[tuple[float, float]],
+    higher_is_better: bool,
+) -> tuple[Guidance, dict[Guidance, dict[str, float]]]:
+    """The guidance that an arm takes, and all that were tried; as the text at the top says.
+
+    try_it: quality and standard error of a guidance. weights: ascending.
+    """
+    tried: dict[Guidance, dict[str, float]] = {}
+
+    def badness(guidance: Guidance) -> float:
+        quality = tried[guidance]["quality"]
+        return -quality if higher_is_better else quality
+
+    best = Guidance(weights[(len(weights) - 1) // 2], intervals[0])
+    candidates = [best]
+    while candidates:
+        for guidance in candidates:
+            tried[guidance] = try_it(guidance)
+        best = min(tried, key=badness)
+        place = weights.index(best.weight)
+        near = [Guidance(weight, best.interval) for weight in weights[max(0, place - 1) : place + 2]]
+        near += [Guidance(best.weight, interval) for interval in intervals]
+        candidates = [guidance for guidance in dict.fromkeys(near) if guidance not in tried]
+    within = badness(best) + tried[best]["standard error"]
+    good = [guidance for guidance in tried if badness(guidance) <= within]
+    return min(good, key=lambda guidance: (cost(guidance), badness(guidance))), tried
+
+
+def interval_of(text: str) -> tuple[float, float]:
+    """The type of --intervals: LOW:HIGH, both from 0 to 1."""
+    low, _, high = text.partition(":")
+    level = number(float, 0, 1)
+    return level(low), level(high)
+
+
+# --- The command -----------------------------------------------------------------------------------------------------
+
+
+def measure_arm(name: str, model: nn.Module, measure: Measure, args: argparse.Namespace) -> dict:
+    """What an arm's row of the results holds: its guidance, all that were tried, and a point for each step count."""
+    table = model.ratios.detach()
+
+    def try_it(guidance: Guidance) -> dict[str, float]:
+        prompts = measure.prompts(args.choose_by)
+        found = measure.quality(draw_all(model, prompts, args, steps=10, **guidance.options()), prompts)
+        print(f"{name}, 10 steps, {guidance}: {found['quality']:.1f} ± {found['standard error']:.1f}", flush=True)
+        return found
+
+    def cost(guidance: Guidance) -> float:
+        return common.flops(model, table, 10, **guidance.options())
+
+    weights = sorted(args.guidance)
+    best, tried = choose(try_it, cost, weights, args.intervals, measure.higher_is_better)
+    row: dict = {"guidance": best.weight, "guidance interval": best.interval, "tried at 10 steps": [], "steps": {}}
+    for guidance, found in tried.items():
+        choice = {"guidance": guidance.weight, "guidance interval": guidance.interval}
+        row["tried at 10 steps"].append(choice | found | {"GFLOPs": cost(guidance) / 1e9})
+    prompts = measure.prompts(args.num)
+    for steps in args.steps:
+        images = draw_all(model, prompts, args, steps=steps, **best.options())
+        point = measure.quality(images, prompts)
+        if measure.second is not None:
+            point.update(measure.second(images))
+        point["GFLOPs"] = common.flops(model, table, steps, **best.options()) / 1e9
+        row["steps"][str(steps)] = point
+        text = ", ".join(f"{what} {value:.2f}" for what, value in point.items())
+        print(f"{name}, {steps} steps, {best}: {text}", flush=True)
+    return row
+
+
+def measure_seconds(models: dict[str, nn.Module], prompts: list[str], results: dict, args: argparse.Namespace) -> None:
+    """Add to every point of the results the seconds an image: the median of the rounds."""
+    for steps in args.steps:
+        seconds: dict[str, list[float]] = {name: [] for name in models}
+        for _ in range(args.rounds):  # interleaved: whatever else the machine does, it does to all
+            for name, model in models.items():
+                guidance = Guidance(results[name]["guidance"], results[name]["guidance interval"])
+                begin = time.perf_counter()
+                draw(model, prompts, 0, args, steps=steps, **guidance.options())
+                seconds[name].append((time.perf_counter() - begin) / len(prompts))
+        for name, values in seconds.items():
+            results[name]["steps"][str(steps)]["seconds"] = statistics.median(values)
+
+
+def print_table(results: dict, steps: list[int]) -> None:
+    """In each cell: quality and its standard error, in brackets GFLOPs and seconds an image."""
+    print("\n| arm | guidance | at t |" + "".join(f" {count} steps |" for count in steps))
+    print("|---" * (len(steps) + 3) + "|")
+    for name, row in results.items():
+        cells = []
+        for point in (row["steps"][str(count)] for count in steps):
+            quality = f"{point['quality']:.1f} ± {point['standard error']:.1f}"
+            if "quality, lite2" in point:
+                quality += f" / {point['quality, lite2']:.1f} ± {point['standard error, lite2']:.1f}"
+            cells.append(f"{quality} ({point['GFLOPs']:.1f}; {point['seconds']:.3f})")
+        low, high = row["guidance interval"]
+        print(f"| {name} | {row['guidance']:g} | {low:g} to {high:g} | {' | '.join(cells)} |")
 
 
 def draw_chart(results: dict, dataset: str, path: Path) -> None:
     """Quality over GFLOPs, and over seconds, a curve an arm."""
     common.package("matplotlib").use("Agg")
     figure, axes = common.package("matplotlib.pyplot").subplots(1, 2, figsize=(15, 6), sharey=True)
-    colours = common.package("matplotlib").colormaps["tab10" if len(results) <= 10 else "tab20"].colors
+    palette = "tab10" if len(results) <= 10 else "tab20"
+    colours = common.package("matplotlib").colormaps[palette].colors
     for axis, cost in zip(axes, ("GFLOPs", "seconds")):
         axis.set_prop_cycle(color=colours)
         for name, row in results.items():
-            points = list(row["steps"].values())
+            points = [point for point in row["steps"].values() if cost in point]  # a run cut short has no seconds
             style = "o--" if name.startswith("dense") else "o-"
             axis.plot([p[cost] for p in points], [p["quality"] for p in points], style, markersize=4, label=name)
         axis.set(xlabel=f"{cost} an image", xscale="log")
-    axes[0].set_ylabel("prompts followed, %" if dataset == "shapes" else "KID, thousandths")
+    label = "KID, thousandths"
+    if dataset == "shapes":
+        label = "prompts followed, %"
+    axes[0].set_ylabel(label)
     axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=90, bbox_inches="tight")
 
 
-def main() -> None:
-    parser = tools.Parser(__doc__)
+def make_parser() -> argparse.ArgumentParser:
+    parser = Parser(__doc__)
     parser.add_argument("arms", nargs="+")
     parser.add_argument("--dataset", choices=("shapes", "folder"), default="folder")
     parser.add_argument("--data-dir", default="data")
-    parser.add_argument("--steps", type=tools.number(int, 1, 1000), nargs="+", default=[20, 14, 10, 7, 5])
-    parser.add_argument("--guidance", type=tools.number(float, 0, 100), nargs="+", default=[1, 2, 3, 4, 5, 6])
-    parser.add_argument("--num", type=tools.number(int, 50, 10**6), default=1000, help="images a point (default 1000)")
-    parser.add_argument("--seed", type=tools.number(int, 0, 2**40), default=0)
-    parser.add_argument("--rounds", type=tools.number(int, 1, 1000), default=5, help="of 32 images, to time the arms")
+    parser.add_argument("--steps", type=number(int, 1, 1000), nargs="+", default=[20, 14, 10, 7, 5])
+    parser.add_argument("--guidance", type=number(float, 0, 100), nargs="+", default=[1, 2, 3, 4, 5, 6])
+    parser.add_argument(
+        "--intervals", type=interval_of, nargs="+", metavar="LOW:HIGH", default=[(0, 1), (0.25, 1), (0.25, 0.85)],
+        help="noise levels at which guidance acts (default 0:1 0.25:1 0.25:0.85)",
+    )  # fmt: skip
+    parser.add_argument("--num", type=number(int, 50, 10**6), default=1000, help="images a point (default 1000)")
+    parser.add_argument("--choose-by", type=number(int, 50, 10**6), default=500, help="images a guidance (default 500)")
+    parser.add_argument("--second-network", action="store_true", help="KID on EfficientNet-Lite2, too (default off)")
+    parser.add_argument("--seed", type=number(int, 0, 2**40), default=0)
+    parser.add_argument("--rounds", type=number(int, 1, 1000), default=5, help="of 32 images, to time the arms")
     parser.add_argument("--amp", action="store_true", help="sample in bfloat16 (default off)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    device, out = tools.pick_device(args.device), args.out or common.RESULTS / f"tradeoff-{args.dataset}.json"
-    models = {arm.partition("=")[0]: model_of(arm, device) for arm in args.arms}
-    prompts_by, quality, higher = measure_of(args, next(iter(models.values())).config.image_size, device)
-    results = json.loads(out.read_text()) if out.exists() else {}
+    return parser
 
-    @functools.cache
-    def measure(model: DiT, num: int, **options: float) -> list[float]:
-        prompts, firsts = prompts_by(num), tqdm(range(0, num, 50), str(options), leave=False, disable=None)
-        parts = [draw(model, prompts[i : i + 50], i, args, **options) for i in firsts]
-        return quality(np.concatenate(parts), prompts)
 
+def main() -> None:
+    args = make_parser().parse_args()
+    device = pick_device(args.device)
+    out = args.out or common.RESULTS / f"tradeoff-{args.dataset}.json"
+    models = {}
+    for arm in args.arms:
+        name, _, _ = arm.partition("=")
+        models[name] = model_of(arm, device)
+    measure = measure_of(args, next(iter(models.values())).config.image_size, device)
+    results = {}
+    if out.exists():
+        results = json.loads(out.read_text())
     for name, model in models.items():
-        if name in results:
-            continue
-        tried: dict[float, list[float]] = {}
-        levels = sorted(args.guidance)
-        if isinstance(model.layers[0], common.WeakerUnconditionalLayer):
-            levels = [g for g in levels if g != 1]  # at 1 there is no unconditional half
-        best = levels[(len(levels) - 1) // 2]
-        while new := set(levels[max(0, levels.index(best) - 1) : levels.index(best) + 2]) - set(tried):
-            tried |= {g: measure(model, min(500, args.num), steps=10, guidance=g) for g in sorted(new)}
-            best = (max if higher else min)(tried, key=lambda guidance: tried[guidance][0])
-        print(f"{name}, at 10 steps:", ", ".join(f"guidance {g:g}: {tried[g][0]:.1f}" for g in tried), flush=True)
-        row: dict = {"guidance": best, "tried at 10 steps": tried, "steps": {}}
-        for steps in args.steps:
-            found = dict(zip(("quality", "standard error"), measure(model, args.num, steps=steps, guidance=best)))
-            row["steps"][str(steps)] = found
-            found["GFLOPs"] = common.flops(model, model.ratios.detach(), steps, best) / 1e9
-            print(f"  {steps} steps: {' '.join(f'{what} {value:.2f}' for what, value in found.items())}", flush=True)
-        results[name] = row
-        common.write_json(results, out)
-
-    for steps in map(str, args.steps):
-        seconds: dict[str, list[float]] = {name: [] for name in models}
-        for _ in range(args.rounds):  # interleaved: whatever else the machine does, it does to all
-            for name, model in models.items():
-                begin = time.perf_counter()
-                draw(model, prompts_by(32), 0, args, steps=int(steps), guidance=results[name]["guidance"])
-                seconds[name].append((time.perf_counter() - begin) / 32)
-        for name, of in seconds.items():
-            results[name]["steps"][steps]["seconds"] = statistics.median(of)
-    print("\n| arm | guidance |" + "".join(f" {steps} steps |" for steps in args.steps))
-    print("|---" * (len(args.steps) + 2) + "|")
-    for name in models:
-        of = [results[name]["steps"][str(steps)] for steps in args.steps]
-        cells = [f"{p['quality']:.1f} ± {p['standard error']:.1f} ({p['GFLOPs']:.1f}; {p['seconds']:.3f})" for p in of]
-        print(f"| {name} | {results[name]['guidance']:g} | {' | '.join(cells)} |")
+        if name not in results:
+            results[name] = measure_arm(name, model, measure, args)
+            common.write_json(results, out)
+    measure_seconds(models, measure.prompts(32), results, args)
     common.write_json(results, out)
-    draw_chart({name: results[name] for name in models}, args.dataset, out.with_suffix(".png"))
+    print_table({name: results[name] for name in models}, args.steps)
+    draw_chart(results, args.dataset, out.with_suffix(".png"))
 
 
 if __name__ == "__main__":
-    tools.run_command(main)
+    run_command(main)
