@@ -37,7 +37,8 @@ WORDS = ("a", "red", "blue", "circle", "square")
 PATCHES = [np.s_[:, y : y + 2, x : x + 2] for y in range(0, 12, 2) for x in range(0, 12, 2)]
 
 
-def setup_function() -> None:  # before every test
+def setup_function() -> None:
+    """Before every test."""
     torch.manual_seed(0)
 
 
@@ -52,29 +53,38 @@ def small_model(mode: str = "layer-timestep", skips: float = 0.9) -> method.DiT:
     """Three layers, 36 tokens, patches of 2 x 2 pixels. skips=0: ratios and routers are zero, as at the start."""
     model = randomise(method.DiT(method.Config(WORDS, 12, 2, 16, 3, 2, 5, mode, 4)))
     model.ratios.data = skips * torch.rand(model.ratios.shape)
-    for layer in model.layers if skips == 0 else ():
-        torch.nn.init.zeros_(layer.router.weight), torch.nn.init.zeros_(layer.router.bias)
+    if skips == 0:
+        for layer in model.layers:
+            torch.nn.init.zeros_(layer.router.weight)
+            torch.nn.init.zeros_(layer.router.bias)
     return model
 
 
 def small_batch(count: int = 8) -> dict:
     """Arguments for diffusion_loss: each image with its own caption, mask and noise level, in no order."""
-    words = torch.randint(1, 6, (count, 5)) * (torch.arange(5) < torch.arange(count).unsqueeze(1) % 6)  # null to full
-    mask = ((torch.rand(count, 1, 12, 1) < 0.8) & (torch.rand(count, 1, 1, 12) < 0.8)).float()
-    t, eps = (torch.randperm(count) + torch.rand(count)) / count, torch.randn(count, 3, 12, 12)
-    return {"images": torch.rand(count, 3, 12, 12) * 2 - 1, "words": words, "mask": mask, "t": t, "eps": eps}
+    lengths = torch.arange(count).unsqueeze(1) % 6  # from the null caption to a full one
+    words = torch.randint(1, 6, (count, 5)) * (torch.arange(5) < lengths)
+    rows = torch.rand(count, 1, 12, 1) < 0.8
+    columns = torch.rand(count, 1, 1, 12) < 0.8
+    mask = (rows & columns).float()
+    t = (torch.randperm(count) + torch.rand(count)) / count
+    eps = torch.randn(count, 3, 12, 12)
+    images = torch.rand(count, 3, 12, 12) * 2 - 1
+    return {"images": images, "words": words, "mask": mask, "t": t, "eps": eps}
 
 
 # --- The whole forward pass against a reference from the definitions, in float64 ------------------------------------
 
 
 def waves(position: float, dim: int, longest: float) -> np.ndarray:
+    """Cosines, then sines, of a position: dim numbers."""
     angles = position / longest ** (np.arange(dim // 2) / (dim // 2))
     return np.concatenate([np.cos(angles), np.sin(angles)])
 
 
 def attend(query: np.ndarray, key: np.ndarray, value: np.ndarray) -> np.ndarray:
-    query, key, value = (z.reshape(len(z), 2, -1) for z in (query, key, value))  # two heads
+    """Attention of queries (n, D) to keys and values (m, D), in two heads."""
+    query, key, value = (z.reshape(len(z), 2, -1) for z in (query, key, value))
     weights = np.exp(np.einsum("qhd,khd->hqk", query, key) / math.sqrt(query.shape[2]))
     return np.einsum("hqk,khd->qhd", weights / weights.sum(axis=2, keepdims=True), value).reshape(len(query), -1)
 
@@ -83,8 +93,9 @@ def routed(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, k: int | None, u
     """The k tokens with the highest scores gain twice their score times update(them), the others stay. None: dense."""
     if k is None:
         return x + update(x)
-    score, result = 1 / (1 + np.exp(-x @ weight[0] - bias)), x.copy()
+    score = 1 / (1 + np.exp(-x @ weight[0] - bias))
     best = sorted(range(len(x)), key=lambda i: -score[i])[:k]  # sorted() keeps equals in order
+    result = x.copy()
     result[best] += 2 * score[best, None] * update(x[best])
     return result
 
@@ -109,7 +120,8 @@ def reference(model: method.DiT, noisy, t: float, words, known, mask, k: list) -
         shift1, scale1, alpha1, shift2, scale2, alpha2 = modulation + w[layer + "modulation"]
         qkv = linear(layer + "qkv.", normalise(x) * (1 + scale1) + shift1)
         gain = alpha1 * linear(layer + "attention_out.", attend(*np.split(qkv, 3, axis=1)))
-        query, keys_values = linear(layer + "caption_q.", normalise(x + gain)), linear(layer + "caption_kv.", caption)
+        query = linear(layer + "caption_q.", normalise(x + gain))
+        keys_values = linear(layer + "caption_kv.", caption)
         gain = gain + linear(layer + "caption_out.", attend(query, *np.split(keys_values, 2, axis=1)))
         hidden = linear(layer + "mlp.0.", normalise(x + gain) * (1 + scale2) + shift2)
         return gain + alpha2 * linear(layer + "mlp.2.", gelu(hidden))
@@ -119,15 +131,19 @@ def reference(model: method.DiT, noisy, t: float, words, known, mask, k: list) -
         qkv = linear(name + "self_attn.in_proj_", norm(name + "norm1.", caption))
         caption = caption + linear(name + "self_attn.out_proj.", attend(*np.split(qkv, 3, axis=1)))
         caption = caption + linear(name + "linear2.", gelu(linear(name + "linear1.", norm(name + "norm2.", caption))))
+
     hidden = linear("embed_time.0.", waves(1000 * t, 16, 10_000))
     condition = linear("embed_time.2.", hidden / (1 + np.exp(-hidden))) + caption.mean(axis=0)
     condition = condition / (1 + np.exp(-condition))
     modulation = linear("condition.", condition).reshape(6, 16)
+
     pixels = np.concatenate([noisy, np.where(mask == 1, 0, known), mask])
     x = linear("embed_patch.", np.stack([pixels[patch].flatten() for patch in PATCHES])) + model.positions.numpy()
     for i in range(3):
-        layer, router = f"layers.{i}.layer.", f"layers.{i}.router."
+        layer = f"layers.{i}.layer."
+        router = f"layers.{i}.router."
         x = routed(x, w[router + "weight"], w[router + "bias"], k[i], update)
+
     shift, scale = np.split(linear("condition_out.", condition), 2)
     velocity = np.zeros_like(noisy)
     for patch, values in zip(PATCHES, linear("out.", normalise(x) * (1 + scale) + shift)):
@@ -135,8 +151,13 @@ def reference(model: method.DiT, noisy, t: float, words, known, mask, k: list) -
     return math.sin(t * math.acos(0.02)) * noisy + math.cos(t * math.acos(0.02)) * velocity
 
 
-def k_at(ratios: torch.Tensor, t: float) -> list[int]:  # how many of 36 tokens each layer processes
-    return [min(max(round(36 * (1 - row[math.ceil(t * len(row) - 1e-9) - 1])), 1), 36) for row in ratios.tolist()]
+def k_at(ratios: torch.Tensor, t: float) -> list[int]:
+    """How many of 36 tokens each layer processes at noise level t."""
+    k = []
+    for row in ratios.tolist():
+        column = math.ceil(t * len(row) - 1e-9) - 1
+        k.append(min(max(round(36 * (1 - row[column])), 1), 36))
+    return k
 
 
 def in_float64(model: method.DiT, batch: dict) -> dict:
@@ -144,38 +165,64 @@ def in_float64(model: method.DiT, batch: dict) -> dict:
     positions = np.stack([np.concatenate([waves(y, 8, 100), waves(x, 8, 100)]) for y, x in np.ndindex(6, 6)])
     np.testing.assert_allclose(model.positions, positions, atol=1e-6)
     model.double().positions = torch.tensor(positions)
-    features, compare = np.stack([waves(1000 * t, 16, 10_000) for t in batch["t"].tolist()]), np.testing.assert_allclose
-    replace = lambda _, inputs: compare(inputs[0], features, atol=3e-4) or torch.tensor(features)  # compare() is None
-    model.embed_time.register_forward_pre_hook(replace)  # 3e-4: an angle of up to 1000, in float32
-    return {name: value.double() if value.is_floating_point() else value for name, value in batch.items()}
+    features = np.stack([waves(1000 * t, 16, 10_000) for t in batch["t"].tolist()])
+
+    def compare_and_replace(module, inputs):
+        np.testing.assert_allclose(inputs[0], features, atol=3e-4)  # an angle of up to 1000, in float32
+        return torch.tensor(features)
+
+    model.embed_time.register_forward_pre_hook(compare_and_replace)
+    doubled = dict(batch)
+    for name, value in batch.items():
+        if value.is_floating_point():
+            doubled[name] = value.double()
+    return doubled
 
 
 @pytest.mark.parametrize("mode, route", [*((mode, True) for mode in method.MODES), ("layer", False)])
 def test_method_forward_and_loss_of_a_mixed_batch_equal_the_reference_image_by_image(mode, route):
-    model, dense = small_model(mode), [None] * 3 if mode == "dense" or not route else None
-    images, words, mask, t, eps = (batch := in_float64(model, small_batch())).values()
-    losses = method.diffusion_loss(model, **batch, route=route)
+    model = small_model(mode)
+    batch = in_float64(model, small_batch())
+    images, words, mask, t, eps = batch.values()
     a, s = (z.view(-1, 1, 1, 1) for z in method.schedule(t))
-    noisy, k = a * images + s * eps, None if dense else [13, 36, 1]
+    noisy = a * images + s * eps
+    is_dense = mode == "dense" or not route
+    if is_dense:
+        sampling_k = None
+    else:
+        sampling_k = [13, 36, 1]
+
+    losses = method.diffusion_loss(model, **batch, route=route)
     with torch.no_grad():
-        sampled = model.eval()(noisy, t, model.encode_caption(words), images, mask, k=k)
+        sampled = model.eval()(noisy, t, model.encode_caption(words), images, mask, k=sampling_k)
+
     for i, level in enumerate(t.tolist()):
-        inputs = noisy[i].numpy(), level, *(z[i].numpy() for z in (words, images, mask))
-        guess = reference(model, *inputs, dense or k_at(model.ratios, level))
+        if is_dense:
+            k_in_training = [None] * 3
+            k_in_sampling = [None] * 3
+        else:
+            k_in_training = k_at(model.ratios, level)
+            k_in_sampling = sampling_k
+        inputs = noisy[i].numpy(), level, words[i].numpy(), images[i].numpy(), mask[i].numpy()
         about = f"image {i} of the batch, t = {level:.3f}: "
+        guess = reference(model, *inputs, k_in_training)
         expected_loss = np.mean((guess - eps[i].numpy()) ** 2)
         assert losses[i].item() == pytest.approx(expected_loss, rel=1e-6), about + "another loss in training"
-        expected = reference(model, *inputs, dense or k)
+        expected = reference(model, *inputs, k_in_sampling)
         assert np.allclose(sampled[i], expected, 1e-9, 1e-9), about + "the forward pass with k differs"
 
 
 def test_method_the_model_is_trained_with_the_known_pixels_and_without_the_hidden_ones():
-    model, patches = small_model(), []
+    model = small_model()
     images, words, mask, t, eps = small_batch().values()
+    patches = []
     model.embed_patch.register_forward_pre_hook(lambda module, inputs: patches.append(inputs[0]))
+
     method.diffusion_loss(model, images, words, mask, t, eps)
+
     pixels = torch.nn.functional.pixel_shuffle(patches[0].transpose(1, 2).unflatten(2, (6, 6)), 2)
-    assert torch.equal(pixels[:, 3:], torch.cat([torch.where(mask == 1, 0, images), mask], dim=1))
+    known = torch.where(mask == 1, 0, images)
+    assert torch.equal(pixels[:, 3:], torch.cat([known, mask], dim=1))
 
 
 @pytest.mark.parametrize("mode", ["uniform", "layer", "layer-timestep"])
