@@ -229,9 +229,11 @@ def test_method_the_model_is_trained_with_the_known_pixels_and_without_the_hidde
 def test_method_zero_ratios_equal_dense_to_the_last_bit(mode):
     for count in (1, 8, 33):
         model = small_model(mode, skips=0)
-        images, words, mask, t, noisy = (batch := small_batch(count)).values()
-        assert torch.equal(method.diffusion_loss(model, **batch), method.diffusion_loss(model, **batch, route=False))
+        batch = small_batch(count)
+        images, words, mask, t, noisy = batch.values()
         inputs = noisy, t, model.encode_caption(words), images, mask
+
+        assert torch.equal(method.diffusion_loss(model, **batch), method.diffusion_loss(model, **batch, route=False))
         assert torch.equal(model(*inputs, k=[36] * 3), model(*inputs))
 
 
@@ -239,7 +241,10 @@ class Toy(torch.nn.Linear):
     """A layer with nothing of Layer: a linear map of each token, and the mean of the attended ones."""
 
     def forward(self, x, attended, scale):
-        weight = x.new_ones(x.shape[:2]) if attended is None else attended.to(x.dtype)
+        if attended is None:
+            weight = x.new_ones(x.shape[:2])
+        else:
+            weight = attended.to(x.dtype)
         mean = torch.einsum("bn,bnd->bd", weight, x) / weight.sum(dim=1, keepdim=True)
         return scale * (super().forward(x) + mean.unsqueeze(1))
 
@@ -254,7 +259,7 @@ def toy_layer() -> tuple[method.RoutedLayer, torch.Tensor, torch.Tensor]:
 def test_method_any_layer_can_be_routed_and_bypassed_tokens_leave_bit_identical(k):
     layer, x, scale = toy_layer()
     w = {name: value.numpy() for name, value in layer.state_dict().items()}
-    own = [k, 17 - k, 1 + k // 2]  # each image's own k in training
+    own_ks = [k, 17 - k, 1 + k // 2]  # each image's own k in training
     computed = []  # how many tokens of an image the layer was given
     layer.layer.register_forward_pre_hook(lambda module, inputs: computed.append(inputs[0].shape[1]))
 
@@ -273,21 +278,25 @@ def test_method_any_layer_can_be_routed_and_bypassed_tokens_leave_bit_identical(
 
     compare("sampling", [k, k, k], layer(x, scale, k=k).detach())
     assert computed == [k], f"sampling: the layer computed {computed} tokens an image, not [{k}]"
-    compare("training", own, layer(x, scale, ratio=1 - torch.tensor(own).double() / 16).detach())
+    ratio = 1 - torch.tensor(own_ks).double() / 16
+    compare("training", own_ks, layer(x, scale, ratio=ratio).detach())
     assert torch.equal(layer(x, scale), x + layer.layer(x, None, scale)), "dense: neither k nor ratio is given"
 
 
 def test_method_equal_scores_are_taken_in_order(monkeypatch):
     sort = torch.Tensor.argsort
 
-    def argsort(x, dim=-1, descending=False, stable=False):  # unless stable, ties come in any order: here the reverse
-        order = sort(x if stable else x.flip(dim), dim=dim, descending=descending, stable=True)
-        return order if stable else x.shape[dim] - 1 - order
+    def argsort(x, dim=-1, descending=False, stable=False):
+        """Unless stable, ties come in any order: here the reverse."""
+        if stable:
+            return sort(x, dim=dim, descending=descending, stable=True)
+        return x.shape[dim] - 1 - sort(x.flip(dim), dim=dim, descending=descending, stable=True)
 
     monkeypatch.setattr(torch, "argsort", argsort)
     monkeypatch.setattr(torch.Tensor, "argsort", argsort)
     layer, x, scale = toy_layer()
     torch.nn.init.zeros_(layer.router.weight)
+
     for branch, options in (("sampling", {"k": 7}), ("training", {"ratio": torch.full((3,), 9 / 16)})):
         changed = (layer(x, scale, **options) != x).any(dim=2)
         assert torch.equal(changed, torch.arange(16).lt(7).expand(3, 16)), f"{branch}: not the first 7 of equal scores"
@@ -295,33 +304,47 @@ def test_method_equal_scores_are_taken_in_order(monkeypatch):
 
 def test_method_router_learns_only_through_the_gate_of_processed_tokens_and_the_ratio_through_that_of_the_next():
     layer, x, scale = toy_layer()
-    ratio, direction = torch.full((3,), 9 / 16).double(), torch.randn(3, 16, 6).double()
-    inputs = x.requires_grad_(), *layer.router.parameters()  # gradcheck changes them in place; the choice stays
+    ratio = torch.full((3,), 9 / 16).double()
+    direction = torch.randn(3, 16, 6).double()
+
+    # gradcheck changes the inputs in place; the choice of tokens stays
+    inputs = x.requires_grad_(), *layer.router.parameters()
     assert torch.autograd.gradcheck(lambda *_: layer(x, scale, ratio=ratio), inputs)
+
     (layer(x, scale, ratio=ratio.requires_grad_()) * direction).sum().backward()
     score, order = layer.score_and_sort(x)
-    change = 2 * score * (layer.layer(x, order.argsort(dim=1) < 7, scale) * direction).sum(dim=2)  # by its processing
+    attended = order.argsort(dim=1) < 7
+    change = 2 * score * (layer.layer(x, attended, scale) * direction).sum(dim=2)  # by the processing of each token
     torch.testing.assert_close(ratio.grad, -16 / 2 * change.gather(1, order[:, 7:8]).squeeze(1))  # e = 1
 
 
 @pytest.mark.parametrize("k", [[36, 35, 34], [18, 36, 1], [1, 2, 3], [30, 20, 10]])
 def test_method_training_equals_sampling_in_the_result_and_in_what_the_weights_learn(k):
     """So the tokens next after the k best teach the ratio, and nothing else. (gradcheck changes weights in place.)"""
-    model, results, gradients = small_model(), [], []
+    model = small_model()
     images, words, mask, t, noisy = in_float64(model, small_batch()).values()
     weights = [parameter for name, parameter in model.named_parameters() if name != "ratios"]
     fixed = 1 - torch.tensor(k).double().unsqueeze(1).expand(3, 8) / 36
     learned = fixed.clone().requires_grad_()
-    run = lambda **options: model(noisy, t, model.encode_caption(words), images, mask, **options)
-    for options in ({"k": k}, {"ratio": fixed}, {"ratio": learned}):
-        results.append(run(**options))
-        loss = (results[-1] - images).square().sum()
-        gradients.append(torch.autograd.grad(loss, weights, retain_graph=True))
-    torch.testing.assert_close(results[0], results[2], rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(gradients[0], gradients[2], rtol=1e-7, atol=1e-7)
-    torch.testing.assert_close(gradients[1], gradients[2], rtol=0, atol=0)
+
+    def run(**options):
+        return model(noisy, t, model.encode_caption(words), images, mask, **options)
+
+    def result_loss_and_gradients(**options):
+        result = run(**options)
+        loss = (result - images).square().sum()
+        return result, loss, torch.autograd.grad(loss, weights, retain_graph=True)
+
+    sampled, _, gradients_of_sampling = result_loss_and_gradients(k=k)
+    _, _, gradients_of_fixed = result_loss_and_gradients(ratio=fixed)
+    trained, loss, gradients_of_learned = result_loss_and_gradients(ratio=learned)
+
+    torch.testing.assert_close(sampled, trained, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(gradients_of_sampling, gradients_of_learned, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(gradients_of_fixed, gradients_of_learned, rtol=0, atol=0)
     assert torch.equal(torch.autograd.grad(loss, learned)[0] != 0, fixed > 0)
-    assert torch.autograd.gradcheck(lambda *_: run(k=k), [z for z in weights if z.numel() < 100], fast_mode=True)
+    small_weights = [weight for weight in weights if weight.numel() < 100]
+    assert torch.autograd.gradcheck(lambda *_: run(k=k), small_weights, fast_mode=True)
 
 
 @pytest.mark.parametrize("N", [16, 64, 256])
@@ -336,24 +359,30 @@ def test_method_ratio_gate_chooses_the_k_best_and_has_the_slope_that_its_docstri
         e = min(N - k[image], math.ceil(0.05 * N))
         if k[image] <= rank[image, token] < k[image] + e:  # e tokens stand for the next one; N pass; trapezoid: half
             expected[image, token, image] = -N / e / 2
+
     gate = method.ratio_gate(rank, k, ratio)
     slopes = torch.autograd.functional.jacobian(lambda ratio: method.ratio_gate(rank, k, ratio), ratio)
+
     for image in range(6):
         about = f"N = {N}, image {image}, k = {k[image].item()}: "
-        assert torch.equal(gate[image], (rank[image] < k[image]).float()), (
-            about + "gates are not 1 for the k best, else 0"
-        )
-        off = (slopes[image] - expected[image]).abs().flatten(1).amax(dim=1)
-        wrong = (off > 1e-3).nonzero().flatten().tolist()
-        places = sorted(rank[image, wrong].tolist())
-        assert not wrong and off.isfinite().all(), (
-            about + f"other slopes at ranks {places[:5]}, or a slope that is not a number"
-        )
+        is_best = (rank[image] < k[image]).float()
+        assert torch.equal(gate[image], is_best), about + "gates are not 1 for the k best, else 0"
+        assert slopes[image].isfinite().all(), about + "a slope that is not a number"
+        difference = (slopes[image] - expected[image]).abs().flatten(1).amax(dim=1)
+        wrong = (difference > 1e-3).nonzero().flatten().tolist()
+        wrong_ranks = sorted(rank[image, wrong].tolist())
+        assert not wrong, about + f"other slopes at ranks {wrong_ranks[:5]}"
 
 
 def test_method_tokens_processed_are_the_nearest_whole_number_from_one_to_all():
-    k = method.tokens_processed(ratios := torch.linspace(0, 0.9999, 300, requires_grad=True).view(3, 100), 64)
-    assert k.shape == (3, 100) and k.dtype == torch.long and (k.min(), k.max()) == (1, 64)
+    ratios = torch.linspace(0, 0.9999, 300, requires_grad=True).view(3, 100)
+
+    k = method.tokens_processed(ratios, 64)
+
+    assert k.shape == (3, 100)
+    assert k.dtype == torch.long
+    assert k.min() == 1
+    assert k.max() == 64
     assert ((64 * (1 - ratios) - k).abs() <= 0.5 + 1e-4)[k > 1].all()
 
 
@@ -362,19 +391,26 @@ def test_method_columns_cut_the_noise_levels_evenly_in_training_and_sampling(col
     t = torch.rand(500).clamp(1e-3)
     assert method.column_of(t, columns).tolist() == [math.ceil(level * columns) - 1 for level in t.tolist()]
     assert method.column_of(torch.tensor([1e-6, 1.0]), columns).tolist() == [0, columns - 1]
+
     for steps in range(1, 50):  # an edge belongs to the cleaner column, however t is rounded
+        t = torch.linspace(1, 0, steps + 1)[:-1]
         expected = [-(-i * columns // steps) - 1 for i in range(steps, 0, -1)]
-        assert method.column_of(torch.linspace(1, 0, steps + 1)[:-1], columns).tolist() == expected
+        assert method.column_of(t, columns).tolist() == expected
+
     t = method.even_noise_levels(40, torch.Generator().manual_seed(3))
     place = t * 40 - torch.arange(40)  # random levels: in order, one in each equal part, anywhere in it
-    assert place.min() > 0 and place.max() < 1 and place.std() > 0.2
+    assert place.min() > 0
+    assert place.max() < 1
+    assert place.std() > 0.2
     assert torch.equal(t, method.even_noise_levels(40, torch.Generator().manual_seed(3)))
 
 
 def test_method_ratio_loss_pulls_all_cells_alike_towards_the_target():
     ratios = torch.rand(3, 5, requires_grad=True)
+
     loss = method.ratio_loss(ratios, 0.3)
     loss.backward()
+
     assert loss.item() == pytest.approx((np.mean(ratios.tolist()) - 0.3) ** 2, rel=1e-5)
     torch.testing.assert_close(ratios.grad, (2 * (ratios.detach().mean() - 0.3) / 15).expand(3, 5))
 
@@ -385,12 +421,22 @@ def test_method_a_ratio_at_its_bound_comes_back_at_the_first_step_when_the_pull_
     optimizer = torch.optim.SGD([model.ratios], lr=0.1)
     for _ in range(20):
         model.ratios.grad = torch.full((3, 4), float(pull))
-        optimizer.step(), model.clamp_ratios()
-    assert model.ratios.eq(torch.tensor(bound)).all() and method.tokens_processed(model.ratios, 36).eq(k).all()
-    optimizer.zero_grad(), method.diffusion_loss(model, **small_batch(32)).mean().backward()
-    assert model.ratios.grad.eq(0).all() if k == 36 else model.ratios.grad.ne(0).all()  # nothing is skipped: no slope
-    optimizer.zero_grad(), method.ratio_loss(model.ratios, 0.5).backward()  # the pull turns
-    optimizer.step(), model.clamp_ratios()
+        optimizer.step()
+        model.clamp_ratios()
+    assert model.ratios.eq(torch.tensor(bound)).all()
+    assert method.tokens_processed(model.ratios, 36).eq(k).all()
+
+    optimizer.zero_grad()
+    method.diffusion_loss(model, **small_batch(32)).mean().backward()
+    if k == 36:  # nothing is skipped: no slope
+        assert model.ratios.grad.eq(0).all()
+    else:
+        assert model.ratios.grad.ne(0).all()
+
+    optimizer.zero_grad()
+    method.ratio_loss(model.ratios, 0.5).backward()  # the pull turns
+    optimizer.step()
+    model.clamp_ratios()
     assert (pull * (model.ratios - bound) > 0).all()
 
 
