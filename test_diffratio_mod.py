@@ -37,7 +37,8 @@ WORDS = ("a", "red", "blue", "circle", "square")
 PATCHES = [np.s_[:, y : y + 2, x : x + 2] for y in range(0, 12, 2) for x in range(0, 12, 2)]
 
 
-def setup_function() -> None:  # before every test
+def setup_function() -> None:
+    """Before every test."""
     torch.manual_seed(0)
 
 
@@ -52,29 +53,38 @@ def small_model(mode: str = "layer-timestep", skips: float = 0.9) -> method.DiT:
     """Three layers, 36 tokens, patches of 2 x 2 pixels. skips=0: ratios and routers are zero, as at the start."""
     model = randomise(method.DiT(method.Config(WORDS, 12, 2, 16, 3, 2, 5, mode, 4)))
     model.ratios.data = skips * torch.rand(model.ratios.shape)
-    for layer in model.layers if skips == 0 else ():
-        torch.nn.init.zeros_(layer.router.weight), torch.nn.init.zeros_(layer.router.bias)
+    if skips == 0:
+        for layer in model.layers:
+            torch.nn.init.zeros_(layer.router.weight)
+            torch.nn.init.zeros_(layer.router.bias)
     return model
 
 
 def small_batch(count: int = 8) -> dict:
     """Arguments for diffusion_loss: each image with its own caption, mask and noise level, in no order."""
-    words = torch.randint(1, 6, (count, 5)) * (torch.arange(5) < torch.arange(count).unsqueeze(1) % 6)  # null to full
-    mask = ((torch.rand(count, 1, 12, 1) < 0.8) & (torch.rand(count, 1, 1, 12) < 0.8)).float()
-    t, eps = (torch.randperm(count) + torch.rand(count)) / count, torch.randn(count, 3, 12, 12)
-    return {"images": torch.rand(count, 3, 12, 12) * 2 - 1, "words": words, "mask": mask, "t": t, "eps": eps}
+    lengths = torch.arange(count).unsqueeze(1) % 6  # from the null caption to a full one
+    words = torch.randint(1, 6, (count, 5)) * (torch.arange(5) < lengths)
+    rows = torch.rand(count, 1, 12, 1) < 0.8
+    columns = torch.rand(count, 1, 1, 12) < 0.8
+    mask = (rows & columns).float()
+    t = (torch.randperm(count) + torch.rand(count)) / count
+    eps = torch.randn(count, 3, 12, 12)
+    images = torch.rand(count, 3, 12, 12) * 2 - 1
+    return {"images": images, "words": words, "mask": mask, "t": t, "eps": eps}
 
 
 # --- The whole forward pass against a reference from the definitions, in float64 ------------------------------------
 
 
 def waves(position: float, dim: int, longest: float) -> np.ndarray:
+    """Cosines, then sines, of a position: dim numbers."""
     angles = position / longest ** (np.arange(dim // 2) / (dim // 2))
     return np.concatenate([np.cos(angles), np.sin(angles)])
 
 
 def attend(query: np.ndarray, key: np.ndarray, value: np.ndarray) -> np.ndarray:
-    query, key, value = (z.reshape(len(z), 2, -1) for z in (query, key, value))  # two heads
+    """Attention of queries (n, D) to keys and values (m, D), in two heads."""
+    query, key, value = (z.reshape(len(z), 2, -1) for z in (query, key, value))
     weights = np.exp(np.einsum("qhd,khd->hqk", query, key) / math.sqrt(query.shape[2]))
     return np.einsum("hqk,khd->qhd", weights / weights.sum(axis=2, keepdims=True), value).reshape(len(query), -1)
 
@@ -83,8 +93,9 @@ def routed(x: np.ndarray, weight: np.ndarray, bias: np.ndarray, k: int | None, u
     """The k tokens with the highest scores gain twice their score times update(them), the others stay. None: dense."""
     if k is None:
         return x + update(x)
-    score, result = 1 / (1 + np.exp(-x @ weight[0] - bias)), x.copy()
+    score = 1 / (1 + np.exp(-x @ weight[0] - bias))
     best = sorted(range(len(x)), key=lambda i: -score[i])[:k]  # sorted() keeps equals in order
+    result = x.copy()
     result[best] += 2 * score[best, None] * update(x[best])
     return result
 
@@ -109,7 +120,8 @@ def reference(model: method.DiT, noisy, t: float, words, known, mask, k: list) -
         shift1, scale1, alpha1, shift2, scale2, alpha2 = modulation + w[layer + "modulation"]
         qkv = linear(layer + "qkv.", normalise(x) * (1 + scale1) + shift1)
         gain = alpha1 * linear(layer + "attention_out.", attend(*np.split(qkv, 3, axis=1)))
-        query, keys_values = linear(layer + "caption_q.", normalise(x + gain)), linear(layer + "caption_kv.", caption)
+        query = linear(layer + "caption_q.", normalise(x + gain))
+        keys_values = linear(layer + "caption_kv.", caption)
         gain = gain + linear(layer + "caption_out.", attend(query, *np.split(keys_values, 2, axis=1)))
         hidden = linear(layer + "mlp.0.", normalise(x + gain) * (1 + scale2) + shift2)
         return gain + alpha2 * linear(layer + "mlp.2.", gelu(hidden))
@@ -119,15 +131,19 @@ def reference(model: method.DiT, noisy, t: float, words, known, mask, k: list) -
         qkv = linear(name + "self_attn.in_proj_", norm(name + "norm1.", caption))
         caption = caption + linear(name + "self_attn.out_proj.", attend(*np.split(qkv, 3, axis=1)))
         caption = caption + linear(name + "linear2.", gelu(linear(name + "linear1.", norm(name + "norm2.", caption))))
+
     hidden = linear("embed_time.0.", waves(1000 * t, 16, 10_000))
     condition = linear("embed_time.2.", hidden / (1 + np.exp(-hidden))) + caption.mean(axis=0)
     condition = condition / (1 + np.exp(-condition))
     modulation = linear("condition.", condition).reshape(6, 16)
+
     pixels = np.concatenate([noisy, np.where(mask == 1, 0, known), mask])
     x = linear("embed_patch.", np.stack([pixels[patch].flatten() for patch in PATCHES])) + model.positions.numpy()
     for i in range(3):
-        layer, router = f"layers.{i}.layer.", f"layers.{i}.router."
+        layer = f"layers.{i}.layer."
+        router = f"layers.{i}.router."
         x = routed(x, w[router + "weight"], w[router + "bias"], k[i], update)
+
     shift, scale = np.split(linear("condition_out.", condition), 2)
     velocity = np.zeros_like(noisy)
     for patch, values in zip(PATCHES, linear("out.", normalise(x) * (1 + scale) + shift)):
@@ -135,8 +151,13 @@ def reference(model: method.DiT, noisy, t: float, words, known, mask, k: list) -
     return math.sin(t * math.acos(0.02)) * noisy + math.cos(t * math.acos(0.02)) * velocity
 
 
-def k_at(ratios: torch.Tensor, t: float) -> list[int]:  # how many of 36 tokens each layer processes
-    return [min(max(round(36 * (1 - row[math.ceil(t * len(row) - 1e-9) - 1])), 1), 36) for row in ratios.tolist()]
+def k_at(ratios: torch.Tensor, t: float) -> list[int]:
+    """How many of 36 tokens each layer processes at noise level t."""
+    k = []
+    for row in ratios.tolist():
+        column = math.ceil(t * len(row) - 1e-9) - 1
+        k.append(min(max(round(36 * (1 - row[column])), 1), 36))
+    return k
 
 
 def in_float64(model: method.DiT, batch: dict) -> dict:
@@ -144,47 +165,75 @@ def in_float64(model: method.DiT, batch: dict) -> dict:
     positions = np.stack([np.concatenate([waves(y, 8, 100), waves(x, 8, 100)]) for y, x in np.ndindex(6, 6)])
     np.testing.assert_allclose(model.positions, positions, atol=1e-6)
     model.double().positions = torch.tensor(positions)
-    features, compare = np.stack([waves(1000 * t, 16, 10_000) for t in batch["t"].tolist()]), np.testing.assert_allclose
-    replace = lambda _, inputs: compare(inputs[0], features, atol=3e-4) or torch.tensor(features)  # compare() is None
-    model.embed_time.register_forward_pre_hook(replace)  # 3e-4: an angle of up to 1000, in float32
-    return {name: value.double() if value.is_floating_point() else value for name, value in batch.items()}
+    features = np.stack([waves(1000 * t, 16, 10_000) for t in batch["t"].tolist()])
+
+    def compare_and_replace(module, inputs):
+        np.testing.assert_allclose(inputs[0], features, atol=3e-4)  # an angle of up to 1000, in float32
+        return torch.tensor(features)
+
+    model.embed_time.register_forward_pre_hook(compare_and_replace)
+    doubled = dict(batch)
+    for name, value in batch.items():
+        if value.is_floating_point():
+            doubled[name] = value.double()
+    return doubled
 
 
 @pytest.mark.parametrize("mode, route", [*((mode, True) for mode in method.MODES), ("layer", False)])
 def test_method_forward_and_loss_of_a_mixed_batch_equal_the_reference_image_by_image(mode, route):
-    model, dense = small_model(mode), [None] * 3 if mode == "dense" or not route else None
-    images, words, mask, t, eps = (batch := in_float64(model, small_batch())).values()
-    losses = method.diffusion_loss(model, **batch, route=route)
+    model = small_model(mode)
+    batch = in_float64(model, small_batch())
+    images, words, mask, t, eps = batch.values()
     a, s = (z.view(-1, 1, 1, 1) for z in method.schedule(t))
-    noisy, k = a * images + s * eps, None if dense else [13, 36, 1]
+    noisy = a * images + s * eps
+    is_dense = mode == "dense" or not route
+    if is_dense:
+        sampling_k = None
+    else:
+        sampling_k = [13, 36, 1]
+
+    losses = method.diffusion_loss(model, **batch, route=route)
     with torch.no_grad():
-        sampled = model.eval()(noisy, t, model.encode_caption(words), images, mask, k=k)
+        sampled = model.eval()(noisy, t, model.encode_caption(words), images, mask, k=sampling_k)
+
     for i, level in enumerate(t.tolist()):
-        inputs = noisy[i].numpy(), level, *(z[i].numpy() for z in (words, images, mask))
-        guess = reference(model, *inputs, dense or k_at(model.ratios, level))
+        if is_dense:
+            k_in_training = [None] * 3
+            k_in_sampling = [None] * 3
+        else:
+            k_in_training = k_at(model.ratios, level)
+            k_in_sampling = sampling_k
+        inputs = noisy[i].numpy(), level, words[i].numpy(), images[i].numpy(), mask[i].numpy()
         about = f"image {i} of the batch, t = {level:.3f}: "
+        guess = reference(model, *inputs, k_in_training)
         expected_loss = np.mean((guess - eps[i].numpy()) ** 2)
         assert losses[i].item() == pytest.approx(expected_loss, rel=1e-6), about + "another loss in training"
-        expected = reference(model, *inputs, dense or k)
+        expected = reference(model, *inputs, k_in_sampling)
         assert np.allclose(sampled[i], expected, 1e-9, 1e-9), about + "the forward pass with k differs"
 
 
 def test_method_the_model_is_trained_with_the_known_pixels_and_without_the_hidden_ones():
-    model, patches = small_model(), []
+    model = small_model()
     images, words, mask, t, eps = small_batch().values()
+    patches = []
     model.embed_patch.register_forward_pre_hook(lambda module, inputs: patches.append(inputs[0]))
+
     method.diffusion_loss(model, images, words, mask, t, eps)
+
     pixels = torch.nn.functional.pixel_shuffle(patches[0].transpose(1, 2).unflatten(2, (6, 6)), 2)
-    assert torch.equal(pixels[:, 3:], torch.cat([torch.where(mask == 1, 0, images), mask], dim=1))
+    known = torch.where(mask == 1, 0, images)
+    assert torch.equal(pixels[:, 3:], torch.cat([known, mask], dim=1))
 
 
 @pytest.mark.parametrize("mode", ["uniform", "layer", "layer-timestep"])
 def test_method_zero_ratios_equal_dense_to_the_last_bit(mode):
     for count in (1, 8, 33):
         model = small_model(mode, skips=0)
-        images, words, mask, t, noisy = (batch := small_batch(count)).values()
-        assert torch.equal(method.diffusion_loss(model, **batch), method.diffusion_loss(model, **batch, route=False))
+        batch = small_batch(count)
+        images, words, mask, t, noisy = batch.values()
         inputs = noisy, t, model.encode_caption(words), images, mask
+
+        assert torch.equal(method.diffusion_loss(model, **batch), method.diffusion_loss(model, **batch, route=False))
         assert torch.equal(model(*inputs, k=[36] * 3), model(*inputs))
 
 
@@ -192,7 +241,10 @@ class Toy(torch.nn.Linear):
     """A layer with nothing of Layer: a linear map of each token, and the mean of the attended ones."""
 
     def forward(self, x, attended, scale):
-        weight = x.new_ones(x.shape[:2]) if attended is None else attended.to(x.dtype)
+        if attended is None:
+            weight = x.new_ones(x.shape[:2])
+        else:
+            weight = attended.to(x.dtype)
         mean = torch.einsum("bn,bnd->bd", weight, x) / weight.sum(dim=1, keepdim=True)
         return scale * (super().forward(x) + mean.unsqueeze(1))
 
@@ -207,7 +259,7 @@ def toy_layer() -> tuple[method.RoutedLayer, torch.Tensor, torch.Tensor]:
 def test_method_any_layer_can_be_routed_and_bypassed_tokens_leave_bit_identical(k):
     layer, x, scale = toy_layer()
     w = {name: value.numpy() for name, value in layer.state_dict().items()}
-    own = [k, 17 - k, 1 + k // 2]  # each image's own k in training
+    own_ks = [k, 17 - k, 1 + k // 2]  # each image's own k in training
     computed = []  # how many tokens of an image the layer was given
     layer.layer.register_forward_pre_hook(lambda module, inputs: computed.append(inputs[0].shape[1]))
 
@@ -226,21 +278,25 @@ def test_method_any_layer_can_be_routed_and_bypassed_tokens_leave_bit_identical(
 
     compare("sampling", [k, k, k], layer(x, scale, k=k).detach())
     assert computed == [k], f"sampling: the layer computed {computed} tokens an image, not [{k}]"
-    compare("training", own, layer(x, scale, ratio=1 - torch.tensor(own).double() / 16).detach())
+    ratio = 1 - torch.tensor(own_ks).double() / 16
+    compare("training", own_ks, layer(x, scale, ratio=ratio).detach())
     assert torch.equal(layer(x, scale), x + layer.layer(x, None, scale)), "dense: neither k nor ratio is given"
 
 
 def test_method_equal_scores_are_taken_in_order(monkeypatch):
     sort = torch.Tensor.argsort
 
-    def argsort(x, dim=-1, descending=False, stable=False):  # unless stable, ties come in any order: here the reverse
-        order = sort(x if stable else x.flip(dim), dim=dim, descending=descending, stable=True)
-        return order if stable else x.shape[dim] - 1 - order
+    def argsort(x, dim=-1, descending=False, stable=False):
+        """Unless stable, ties come in any order: here the reverse."""
+        if stable:
+            return sort(x, dim=dim, descending=descending, stable=True)
+        return x.shape[dim] - 1 - sort(x.flip(dim), dim=dim, descending=descending, stable=True)
 
     monkeypatch.setattr(torch, "argsort", argsort)
     monkeypatch.setattr(torch.Tensor, "argsort", argsort)
     layer, x, scale = toy_layer()
     torch.nn.init.zeros_(layer.router.weight)
+
     for branch, options in (("sampling", {"k": 7}), ("training", {"ratio": torch.full((3,), 9 / 16)})):
         changed = (layer(x, scale, **options) != x).any(dim=2)
         assert torch.equal(changed, torch.arange(16).lt(7).expand(3, 16)), f"{branch}: not the first 7 of equal scores"
@@ -248,33 +304,47 @@ def test_method_equal_scores_are_taken_in_order(monkeypatch):
 
 def test_method_router_learns_only_through_the_gate_of_processed_tokens_and_the_ratio_through_that_of_the_next():
     layer, x, scale = toy_layer()
-    ratio, direction = torch.full((3,), 9 / 16).double(), torch.randn(3, 16, 6).double()
-    inputs = x.requires_grad_(), *layer.router.parameters()  # gradcheck changes them in place; the choice stays
+    ratio = torch.full((3,), 9 / 16).double()
+    direction = torch.randn(3, 16, 6).double()
+
+    # gradcheck changes the inputs in place; the choice of tokens stays
+    inputs = x.requires_grad_(), *layer.router.parameters()
     assert torch.autograd.gradcheck(lambda *_: layer(x, scale, ratio=ratio), inputs)
+
     (layer(x, scale, ratio=ratio.requires_grad_()) * direction).sum().backward()
     score, order = layer.score_and_sort(x)
-    change = 2 * score * (layer.layer(x, order.argsort(dim=1) < 7, scale) * direction).sum(dim=2)  # by its processing
+    attended = order.argsort(dim=1) < 7
+    change = 2 * score * (layer.layer(x, attended, scale) * direction).sum(dim=2)  # by the processing of each token
     torch.testing.assert_close(ratio.grad, -16 / 2 * change.gather(1, order[:, 7:8]).squeeze(1))  # e = 1
 
 
 @pytest.mark.parametrize("k", [[36, 35, 34], [18, 36, 1], [1, 2, 3], [30, 20, 10]])
 def test_method_training_equals_sampling_in_the_result_and_in_what_the_weights_learn(k):
     """So the tokens next after the k best teach the ratio, and nothing else. (gradcheck changes weights in place.)"""
-    model, results, gradients = small_model(), [], []
+    model = small_model()
     images, words, mask, t, noisy = in_float64(model, small_batch()).values()
     weights = [parameter for name, parameter in model.named_parameters() if name != "ratios"]
     fixed = 1 - torch.tensor(k).double().unsqueeze(1).expand(3, 8) / 36
     learned = fixed.clone().requires_grad_()
-    run = lambda **options: model(noisy, t, model.encode_caption(words), images, mask, **options)
-    for options in ({"k": k}, {"ratio": fixed}, {"ratio": learned}):
-        results.append(run(**options))
-        loss = (results[-1] - images).square().sum()
-        gradients.append(torch.autograd.grad(loss, weights, retain_graph=True))
-    torch.testing.assert_close(results[0], results[2], rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(gradients[0], gradients[2], rtol=1e-7, atol=1e-7)
-    torch.testing.assert_close(gradients[1], gradients[2], rtol=0, atol=0)
+
+    def run(**options):
+        return model(noisy, t, model.encode_caption(words), images, mask, **options)
+
+    def result_loss_and_gradients(**options):
+        result = run(**options)
+        loss = (result - images).square().sum()
+        return result, loss, torch.autograd.grad(loss, weights, retain_graph=True)
+
+    sampled, _, gradients_of_sampling = result_loss_and_gradients(k=k)
+    _, _, gradients_of_fixed = result_loss_and_gradients(ratio=fixed)
+    trained, loss, gradients_of_learned = result_loss_and_gradients(ratio=learned)
+
+    torch.testing.assert_close(sampled, trained, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(gradients_of_sampling, gradients_of_learned, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(gradients_of_fixed, gradients_of_learned, rtol=0, atol=0)
     assert torch.equal(torch.autograd.grad(loss, learned)[0] != 0, fixed > 0)
-    assert torch.autograd.gradcheck(lambda *_: run(k=k), [z for z in weights if z.numel() < 100], fast_mode=True)
+    small_weights = [weight for weight in weights if weight.numel() < 100]
+    assert torch.autograd.gradcheck(lambda *_: run(k=k), small_weights, fast_mode=True)
 
 
 @pytest.mark.parametrize("N", [16, 64, 256])
@@ -289,24 +359,30 @@ def test_method_ratio_gate_chooses_the_k_best_and_has_the_slope_that_its_docstri
         e = min(N - k[image], math.ceil(0.05 * N))
         if k[image] <= rank[image, token] < k[image] + e:  # e tokens stand for the next one; N pass; trapezoid: half
             expected[image, token, image] = -N / e / 2
+
     gate = method.ratio_gate(rank, k, ratio)
     slopes = torch.autograd.functional.jacobian(lambda ratio: method.ratio_gate(rank, k, ratio), ratio)
+
     for image in range(6):
         about = f"N = {N}, image {image}, k = {k[image].item()}: "
-        assert torch.equal(gate[image], (rank[image] < k[image]).float()), (
-            about + "gates are not 1 for the k best, else 0"
-        )
-        off = (slopes[image] - expected[image]).abs().flatten(1).amax(dim=1)
-        wrong = (off > 1e-3).nonzero().flatten().tolist()
-        places = sorted(rank[image, wrong].tolist())
-        assert not wrong and off.isfinite().all(), (
-            about + f"other slopes at ranks {places[:5]}, or a slope that is not a number"
-        )
+        is_best = (rank[image] < k[image]).float()
+        assert torch.equal(gate[image], is_best), about + "gates are not 1 for the k best, else 0"
+        assert slopes[image].isfinite().all(), about + "a slope that is not a number"
+        difference = (slopes[image] - expected[image]).abs().flatten(1).amax(dim=1)
+        wrong = (difference > 1e-3).nonzero().flatten().tolist()
+        wrong_ranks = sorted(rank[image, wrong].tolist())
+        assert not wrong, about + f"other slopes at ranks {wrong_ranks[:5]}"
 
 
 def test_method_tokens_processed_are_the_nearest_whole_number_from_one_to_all():
-    k = method.tokens_processed(ratios := torch.linspace(0, 0.9999, 300, requires_grad=True).view(3, 100), 64)
-    assert k.shape == (3, 100) and k.dtype == torch.long and (k.min(), k.max()) == (1, 64)
+    ratios = torch.linspace(0, 0.9999, 300, requires_grad=True).view(3, 100)
+
+    k = method.tokens_processed(ratios, 64)
+
+    assert k.shape == (3, 100)
+    assert k.dtype == torch.long
+    assert k.min() == 1
+    assert k.max() == 64
     assert ((64 * (1 - ratios) - k).abs() <= 0.5 + 1e-4)[k > 1].all()
 
 
@@ -315,19 +391,26 @@ def test_method_columns_cut_the_noise_levels_evenly_in_training_and_sampling(col
     t = torch.rand(500).clamp(1e-3)
     assert method.column_of(t, columns).tolist() == [math.ceil(level * columns) - 1 for level in t.tolist()]
     assert method.column_of(torch.tensor([1e-6, 1.0]), columns).tolist() == [0, columns - 1]
+
     for steps in range(1, 50):  # an edge belongs to the cleaner column, however t is rounded
+        t = torch.linspace(1, 0, steps + 1)[:-1]
         expected = [-(-i * columns // steps) - 1 for i in range(steps, 0, -1)]
-        assert method.column_of(torch.linspace(1, 0, steps + 1)[:-1], columns).tolist() == expected
+        assert method.column_of(t, columns).tolist() == expected
+
     t = method.even_noise_levels(40, torch.Generator().manual_seed(3))
     place = t * 40 - torch.arange(40)  # random levels: in order, one in each equal part, anywhere in it
-    assert place.min() > 0 and place.max() < 1 and place.std() > 0.2
+    assert place.min() > 0
+    assert place.max() < 1
+    assert place.std() > 0.2
     assert torch.equal(t, method.even_noise_levels(40, torch.Generator().manual_seed(3)))
 
 
 def test_method_ratio_loss_pulls_all_cells_alike_towards_the_target():
     ratios = torch.rand(3, 5, requires_grad=True)
+
     loss = method.ratio_loss(ratios, 0.3)
     loss.backward()
+
     assert loss.item() == pytest.approx((np.mean(ratios.tolist()) - 0.3) ** 2, rel=1e-5)
     torch.testing.assert_close(ratios.grad, (2 * (ratios.detach().mean() - 0.3) / 15).expand(3, 5))
 
@@ -338,12 +421,22 @@ def test_method_a_ratio_at_its_bound_comes_back_at_the_first_step_when_the_pull_
     optimizer = torch.optim.SGD([model.ratios], lr=0.1)
     for _ in range(20):
         model.ratios.grad = torch.full((3, 4), float(pull))
-        optimizer.step(), model.clamp_ratios()
-    assert model.ratios.eq(torch.tensor(bound)).all() and method.tokens_processed(model.ratios, 36).eq(k).all()
-    optimizer.zero_grad(), method.diffusion_loss(model, **small_batch(32)).mean().backward()
-    assert model.ratios.grad.eq(0).all() if k == 36 else model.ratios.grad.ne(0).all()  # nothing is skipped: no slope
-    optimizer.zero_grad(), method.ratio_loss(model.ratios, 0.5).backward()  # the pull turns
-    optimizer.step(), model.clamp_ratios()
+        optimizer.step()
+        model.clamp_ratios()
+    assert model.ratios.eq(torch.tensor(bound)).all()
+    assert method.tokens_processed(model.ratios, 36).eq(k).all()
+
+    optimizer.zero_grad()
+    method.diffusion_loss(model, **small_batch(32)).mean().backward()
+    if k == 36:  # nothing is skipped: no slope
+        assert model.ratios.grad.eq(0).all()
+    else:
+        assert model.ratios.grad.ne(0).all()
+
+    optimizer.zero_grad()
+    method.ratio_loss(model.ratios, 0.5).backward()  # the pull turns
+    optimizer.step()
+    model.clamp_ratios()
     assert (pull * (model.ratios - bound) > 0).all()
 
 
