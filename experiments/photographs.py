@@ -26,21 +26,22 @@ import common
 import numpy as np
 import torch
 import torch.nn.functional as F
-<<<<<<< HEAD
-from common import tools
-=======
-from PIL import Image
->>>>>>> w29
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffratio_mod import InputError
-<<<<<<< HEAD
+from sample import (
+    Parser,
+    images_from_prompts,
+    input_errors,
+    number,
+    pick_device,
+    read_checkpoint,
+    read_picture,
+    run_command,
+    sampling_flops,
+)
 from train_cifar import PICTURE_SUFFIXES, hidden, load_data
-=======
-from sample import Parser, images_from_prompts, number, pick_device, read_checkpoint, run_command, sampling_flops
-from train_cifar import load_data
->>>>>>> w29
 
 
 @torch.no_grad()
@@ -82,10 +83,10 @@ def read_pictures(path: Path, size: int) -> np.ndarray:
 
     Raises InputError if they cannot be read or are fewer than 20.
     """
-    with tools.input_errors(f"cannot read pictures from {path}"):
+    with input_errors(f"cannot read pictures from {path}"):
         if path.is_dir():
             files = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in PICTURE_SUFFIXES]
-            pictures = [tools.read_picture(file, size) for file in files if not hidden(file.name)]
+            pictures = [read_picture(file, size) for file in files if not hidden(file.name)]
             images = np.array(pictures, np.uint8)
         else:
             images = np.load(path)["arr_0"]
@@ -135,22 +136,14 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=common.RESULTS / "photographs.json")
     args = parser.parse_args()
-<<<<<<< HEAD
-    device, rows = tools.pick_device(args.device), {}
+    device = pick_device(args.device)
     sources = {}
     for path in args.sources:
-        sources[path] = tools.read_checkpoint(path) if path.suffix == ".pt" else read_pictures(path, args.image_size)
+        sources[path] = read_checkpoint(path) if path.suffix == ".pt" else read_pictures(path, args.image_size)
     train = load_data(argparse.Namespace(**vars(args), dataset="folder", no_flip=True))
-    measure = measure_of(args.data_dir, args.image_size, device)
-=======
-    device = pick_device(args.device)
-    readers = {path: read_checkpoint if path.suffix == ".pt" else read_pictures for path in args.sources}
-    sources = {path: reader(path) for path, reader in readers.items()}
-    train = load_data(argparse.Namespace(**vars(args), dataset="folder"))
     measure = measure_of(args.data_dir, args.image_size, device, args.network)
     rows: dict[str, dict] = {}
     settings = {"seed": args.seed, "bfloat16": args.amp, "device": str(device), "network": args.network}
->>>>>>> w29
 
     def note(source: str, images: np.ndarray, **how: float) -> None:
         if len(images) > args.num:  # not the first, which may all be of one class
