@@ -5,7 +5,7 @@
 
 The page needs no network and no library: open it in a browser. Each prompt is sampled with five tables from the same
 noise; for every step it has what entered, the guess of the image, which tokens each layer processed, the scores of the
-routers and the cost. What the page looks like and what it says stands in explorer_template.html.
+routers and the cost. Only the records are written: what the page looks like and what it says is taken from explorer.html.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import base64
 import functools
 import io
 import json
+import os
+import re
 import sys
 import zlib
 from pathlib import Path
@@ -32,7 +34,8 @@ from diffratio_mod import Config, DiT, InputError, RoutedLayer, column_of
 from train_cifar import HELD_OUT
 
 SHIPPED = [HERE.parent / "assets" / name for name in ("shapes_routed.pt", "cifar_routed.pt")]
-TEMPLATE, PLACE = HERE / "explorer_template.html", '"the records stand here"'
+PAGE = HERE / "explorer.html"
+RECORDS = re.compile(r'(?<=<script type="application/json" id="data">).*?(?=</script>)', re.DOTALL)  # in the page
 LARGEST = 3_000_000  # bytes of the page
 SHAPES = ["a red circle", "a red circle above a blue square", "a cyan cross right of a red circle", "a purple circle"]
 SHAPES += ["a green square left of a yellow triangle", "a blue cross below a purple circle"]  # some pairs are held out
@@ -153,15 +156,21 @@ def main() -> None:
     parser = tools.Parser(__doc__)
     add, number = parser.add_argument, tools.number
     add("checkpoints", nargs="*", type=Path, default=SHIPPED, help="of routed models (default: those in assets/)")
-    add("--out", type=Path, default=HERE / "explorer.html", help="the page (default lesson/explorer.html)")
+    add("--out", type=Path, default=PAGE, help="the page (default lesson/explorer.html)")
     add("--steps", type=number(int, 2, 100), default=20, help="denoising steps (default 20)")
     add("--guidance", type=number(float, 0, 100), default=3.0, help="1 is off, at half the cost (default 3)")
     add("--prompts", type=number(int, 1, 100), default=5, help="of a model of photographs (default 5)")
     add("--seed", type=number(int, 0, 2**40), default=0, help="seed of the noise (default 0)")
     args = parser.parse_args()
     models = [explore(path, args.steps, args.guidance, args.seed, args.prompts) for path in args.checkpoints]
-    data = json.dumps({"guidance": args.guidance, "seed": args.seed, "models": models}, separators=(",", ":"))
-    page = TEMPLATE.read_text(encoding="utf-8").replace(PLACE, data.replace("<", "\\u003c")).encode()
+    readme = HERE.parent / "README.md"
+    try:
+        link = Path(os.path.relpath(readme, args.out.parent)).as_posix()
+    except ValueError:  # on another drive of Windows
+        link = readme.as_uri()
+    data = {"guidance": args.guidance, "seed": args.seed, "readme": link, "models": models}
+    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")  # no tag within the records
+    page = RECORDS.sub(lambda _: text, PAGE.read_text(encoding="utf-8"), count=1).encode()
     if len(page) > LARGEST:
         raise InputError(
             f"the page would have {len(page) / 1e6:.1f} MB, at most {LARGEST / 1e6:g} may be; give fewer --prompts"
