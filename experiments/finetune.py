@@ -5,16 +5,16 @@
     accelerate launch experiments/finetune.py --data runs/data --target-ratio 0 --steps 1500 --lr 2e-3 --out runs/dense
     accelerate launch experiments/finetune.py --data runs/data --pretrained runs/dense --lr 5e-4 --out runs/routed
 
-Ten minutes on two CPU cores; the mean ratio arrives at 0.3. On a machine with GPUs the same commands take one GPU, and
-with `accelerate launch --multi_gpu --mixed_precision bf16 experiments/finetune.py ...` all.
+A quarter of an hour on a CPU; the mean ratio arrives at 0.3. On a machine with GPUs the same commands take one of them,
+`accelerate launch --multi_gpu --mixed_precision bf16 experiments/finetune.py ...` takes all.
 
 A sample is a file of --data, .safetensors or .npz, with
     latents (c, h, w)               of the model's size, as it sees them: multiplied by the VAE's scaling factor
     prompt_embeds (W, d)            for a PixArt: the text encoder's output, all samples with the same number of words W
     prompt_attention_mask (W,)      1 = a word, 0 = padding
     class_labels ()                 for a DiT, in the place of the prompt: a whole number
-A file null.safetensors or null.npz holds the two prompt_ arrays of the empty prompt: it takes the place of one prompt in
-ten, for classifier-free guidance. (A DiT has a label for that.)
+A file null.safetensors or null.npz holds the two prompt_ arrays of the empty prompt: for classifier-free guidance it
+takes the place of one prompt in ten. (A DiT has a label for that.)
 
 What a run leaves in --out: transformer/ and scheduler/, the averaged weights in the library's own form; routing.pt, the
 table and the routers; metrics.jsonl; ratios.png, a picture of the table; and checkpoint-STEP/, from which --resume goes
@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from diffusers import AutoModel, DDPMScheduler, DiTTransformer2DModel, PixArtTransformer2DModel
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
@@ -53,8 +53,8 @@ def make_parser() -> Parser:
     add = parser.add_argument_group("what is trained, on what").add_argument
     add("--data", type=Path, metavar="FOLDER", help="of samples, as described above")
     add("--make-data", type=Path, metavar="FOLDER", help="write a small data set there, and end")
-    add("--pretrained", type=Path, metavar="FOLDER", help="with transformer/ and scheduler/ (default: small and random)")
-    add("--routing", type=Path, metavar="FILE", help="table and routers to start from (default: zeros, nothing skipped)")
+    add("--pretrained", type=Path, metavar="FOLDER", help="its transformer/ and scheduler/ (default: small, random)")
+    add("--routing", type=Path, metavar="FILE", help="table and routers to start from (default: nothing skipped)")
     add("--out", type=Path, default=Path("runs/finetuned"), help="folder of the results (default runs/finetuned)")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out; give the same command again")
     add = parser.add_argument_group("the method").add_argument
@@ -77,7 +77,7 @@ def make_parser() -> Parser:
     return parser
 
 
-# --- Data --------------------------------------------------------------------------------------------------------------
+# --- Data --------------------------------------------------------------------------------------------------------
 
 
 def read_sample(path: Path) -> dict[str, Tensor]:
@@ -126,7 +126,7 @@ class Samples(torch.utils.data.Dataset):
         return {name: sample[name] for name in names}
 
     def __getitem__(self, n: int) -> dict[str, Tensor]:
-        """latents and noise (c, h, w), timestep (), and what the model is told: the names are those of its arguments."""
+        """latents and noise (c, h, w), timestep (), and what the model is told, under its arguments' names."""
         rng = torch.Generator().manual_seed(self.seed * 1_000_000_007 + n)
         path = self.files[torch.randint(len(self.files), (), generator=rng)]
         sample = self.checked(path, read_sample(path), tuple(self.shapes))
@@ -164,7 +164,7 @@ def make_data(folder: Path, count: int = 4096) -> None:
         save_file(sample, path, metadata={"prompt": caption})
 
 
-# --- What a run starts from, and what it leaves ------------------------------------------------------------------------
+# --- What a run starts from, and what it leaves ------------------------------------------------------------------
 
 
 def load_model(folder: Path | None) -> tuple[nn.Module, DDPMScheduler]:
@@ -229,7 +229,7 @@ def write_metrics(path: Path, line: dict) -> None:
         file.write("".join(old + "\n" for old in [*lines, json.dumps(line)]).encode())
 
 
-# --- Training ----------------------------------------------------------------------------------------------------------
+# --- Training ----------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
@@ -244,9 +244,13 @@ def main() -> None:
     if saved and not args.resume:
         raise InputError(f"{args.out} holds a run: --resume goes on with it, another --out begins a new one")
 
-    # cpu: where there is no other device, accelerate must be told, or every process takes itself for the only one.
-    device = {"cpu": not torch.accelerator.is_available(), "mixed_precision": args.mixed_precision}
-    accelerator = Accelerator(gradient_accumulation_steps=args.accumulate, **device)
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.accumulate,
+        mixed_precision=args.mixed_precision,
+        cpu=not torch.accelerator.is_available(),  # if not told, every process takes itself for the only one
+    )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise InputError("weights in shards (FSDP, DeepSpeed) are not written by this script; launch it without")
     set_seed(args.seed)
     # In evaluation mode, in which these models differ only in that a DiT drops no labels by itself: Samples does it.
     model, scheduler = load_model(args.pretrained)
@@ -322,7 +326,7 @@ def main() -> None:
             loss_sums, images = accelerator.reduce(sums, "sum").tolist()
             sums.zero_()
             if not np.isfinite(loss_sums).all():
-                raise InputError(f"the loss of step {step} is not finite; try a lower --lr, or --resume from what is saved")
+                raise InputError(f"the loss is not finite before step {step}; try a lower --lr; what was saved is good")
             line = {"step": step, "loss": sum(loss_sums) / sum(images)}
             line["loss_by_region"] = [loss / n if n else None for loss, n in zip(loss_sums, images)]
             if table is not None:

@@ -14,11 +14,11 @@ one more submodule, in a file of its own.
 import copy
 import functools
 import inspect
+import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from pickle import PickleError
 
 import torch
 from diffusers import AutoModel, DiTTransformer2DModel, PixArtTransformer2DModel
@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from diffratio_mod import InputError, RoutedLayer, column_of, tokens_processed
-from sample import Parser, run_command
+from sample import Parser, input_errors, run_command
 
 TIMESTEPS = 1000  # of the discrete schedule that PixArt and DiT were trained with: 0 is the cleanest, 999 the noisiest
 SMALL = {"num_layers": 6, "num_attention_heads": 4, "attention_head_dim": 24, "sample_size": 24, "patch_size": 3}
@@ -69,8 +69,8 @@ def routed(i: int, layer: RoutedLayer, signature: inspect.Signature, *args: obje
 class Routing(nn.Module):
     """What routing adds to a model, as its submodule `routing`: the table of ratios (L, C), and the routers.
 
-    So the table and the routers are among the model's parameters: whatever moves, averages over processes or saves these
-    does it to those. The library's checkpoint stays without them: the state_dict of this module is a file of its own.
+    So table and routers are among the model's parameters: what moves these, averages them over processes or saves them
+    does so with those. The library's checkpoint stays without them: the state_dict of this module is a file of its own.
     """
 
     def __init__(self, model: nn.Module, ratios: Tensor) -> None:
@@ -104,7 +104,7 @@ class Routing(nn.Module):
         self.ratios.clamp_(0, 1 - 1 / self.tokens)
 
     def plan(self, model: nn.Module, args: tuple, named: dict) -> tuple[tuple, dict]:
-        """Before each forward pass: from the timesteps to each layer's ratios or k, as RoutedLayer.forward takes them."""
+        """Before each forward pass: from the timesteps to each layer's ratios or k, for RoutedLayer.forward."""
         call = self.signature.bind(*args, **named).arguments
         x = call["hidden_states"]  # (B, c, h, w)
         timestep = torch.as_tensor(call["timestep"], device=x.device).reshape(-1)
@@ -132,8 +132,8 @@ def save_without_routing(model: nn.Module, *args: object, **named: object) -> No
 def route(model: nn.Module, regions: int = 10, ratios: Tensor | None = None) -> Routing:
     """Put a RoutedLayer around every block of a diffusers PixArt or DiT, in place; returns what that adds to train.
 
-    With gradients all tokens are computed, and masked for each image by its timestep; without, and with timesteps of one
-    region, the skipped tokens are really skipped. Ratios and routers start at zero, and change nothing.
+    With gradients all tokens are computed, and masked for each image by its timestep; without, and with timesteps of
+    one region, the skipped tokens are really skipped. Ratios and routers start at zero, and change nothing.
     regions: columns of the table, or ratios: a table (L, C) to start from.
     """
     if not isinstance(model, PixArtTransformer2DModel | DiTTransformer2DModel) or hasattr(model, "routing"):
@@ -146,12 +146,10 @@ def route(model: nn.Module, regions: int = 10, ratios: Tensor | None = None) -> 
 
 
 def load_routing(model: nn.Module, path: str | Path) -> Routing:
-    """Route a pretrained model with the table and routers that torch.save(model.routing.state_dict(), path) has kept."""
-    try:
+    """Route a pretrained model by a file that torch.save(model.routing.state_dict(), path) has written."""
+    with input_errors(f"{path} does not hold the routing of this model"):
         state = torch.load(path, map_location="cpu", weights_only=True)
         route(model, ratios=state["ratios"]).load_state_dict(state)
-    except (OSError, EOFError, LookupError, TypeError, ValueError, AttributeError, RuntimeError, PickleError) as error:
-        raise InputError(f"{path} does not hold the routing of this model: {error}") from None
     return model.routing
 
 
@@ -161,58 +159,80 @@ def diffusion_loss(model: nn.Module, noisy: Tensor, t: Tensor, noise: Tensor, co
     return (guess - noise).square().mean(dim=(1, 2, 3))
 
 
-# --- What it shows -----------------------------------------------------------------------------------------------------
+# --- What it shows -----------------------------------------------------------------------------------------------
+
+
 def example(model: nn.Module) -> dict:
     """A random call of the model: two images at one timestep, with captions of 300 words or with class labels."""
-    c, t = model.config, torch.tensor([250, 250])
-    call = {"hidden_states": torch.randn(2, c.in_channels, c.sample_size, c.sample_size), "timestep": t}
+    config = model.config
+    images = torch.randn(2, config.in_channels, config.sample_size, config.sample_size)
+    call = {"hidden_states": images, "timestep": torch.tensor([250, 250])}
     if isinstance(model, DiTTransformer2DModel):
-        return call | {"class_labels": torch.tensor([7, 8])}
-    return call | {"encoder_hidden_states": torch.randn(2, 300, c.caption_channels)}
+        call["class_labels"] = torch.tensor([7, 8])
+    else:
+        call["encoder_hidden_states"] = torch.randn(2, 300, config.caption_channels)
+    return call
 
 
 def check(model: nn.Module) -> bool:
     """Print the equalities that routing keeps, as the largest difference by the largest value; whether all hold."""
-    original, routing, call, untouched = copy.deepcopy(model), route(model), example(model), []
+    call = example(model)
+    with torch.no_grad():
+        original = model(**call).sample
+    routing = route(model)
+    untouched = []  # of each layer that runs, how many tokens of each image (B,) leave it as they came
 
-    def run(gradients: bool, model: nn.Module = model) -> Tensor:
+    def run(gradients: bool) -> Tensor:
         with torch.set_grad_enabled(gradients):
             return model(**call).sample.detach()
 
-    pairs = {"ratios zero: sampling = the original model": (run(False), run(False, original))}
-    pairs["ratios zero: training = the original model"] = (run(True), run(True, original))
+    def count_untouched(block: nn.Module, given: tuple, out: Tensor) -> None:
+        untouched.append((out == given[0]).all(2).sum(1))
+
+    pairs = {
+        "ratios zero: sampling = the original model": (run(gradients=False), original),
+        "ratios zero: training = the original model": (run(gradients=True), original),
+    }
     nn.init.uniform_(routing.ratios, 0.1, 0.9)
     for layer, block in zip(routing.layers, model.transformer_blocks):
         nn.init.normal_(layer.router.weight, std=0.1)
-        block.register_forward_hook(lambda _, given, out: untouched.append((out == given[0]).all(2).sum(1)))
-    pairs["random ratios: training by mask = sampling by gather"] = (run(True), run(False))
-    N = (model.config.sample_size // model.config.patch_size) ** 2
-    skipped = N - tokens_processed(routing.ratios[:, 2], N).repeat(2).unsqueeze(1)  # timestep 250: the third column
-    pairs["tokens that leave a layer bit-identical = N - k"] = (torch.stack(untouched), skipped)
-    print(f"{type(model).__name__}, {len(routing.layers)} layers of width {model.inner_dim}, {N} tokens")
-    for what, (a, b) in pairs.items():
-        print(f"  {what:55} {float((a - b).abs().max() / b.abs().max()):.1e}")
-    return all((a - b).abs().max() <= 1e-5 * b.abs().max() for a, b in pairs.values())
+        block.register_forward_hook(count_untouched)
+    pairs["random ratios: training by mask = sampling by gather"] = (run(gradients=True), run(gradients=False))
+    processed = tokens_processed(routing.ratios[:, 2], routing.tokens)  # (L,); timestep 250: the third column
+    skipped = (routing.tokens - processed).repeat(2)  # of both runs
+    pairs["tokens that leave a layer bit-identical = N - k"] = (torch.stack(untouched), skipped.unsqueeze(1))
+
+    print(f"{type(model).__name__}, {len(routing.layers)} layers of width {model.inner_dim}, {routing.tokens} tokens")
+    all_hold = True
+    for what, (value, expected) in pairs.items():
+        difference = float((value - expected).abs().max() / expected.abs().max())
+        print(f"  {what:55} {difference:.1e}")
+        all_hold = all_hold and difference <= 1e-5
+    return all_hold
 
 
 @torch.no_grad()
 def race(model: nn.Module, mean: float = 0.2, rounds: int = 11) -> None:
     """Print what routing saves, in FLOPs and in time. The layers' ratios rise evenly from 0 to twice the mean."""
-    both, flops, seconds = [copy.deepcopy(model), model], [], ([], [])
-    table, call = route(model, regions=1).ratios, example(model)
+    dense = copy.deepcopy(model)
+    table = route(model, regions=1).ratios
     table[:, 0] = torch.linspace(0, 2 * mean, len(table))
-    for one in both:
+    call = example(model)
+    flops = {}
+    seconds = {dense: [], model: []}
+    for each in seconds:
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # fused attention is not counted
-            one(**call)
-        flops.append(counter.get_total_flops())
+            each(**call)
+        flops[each] = counter.get_total_flops()
     for _ in range(rounds):  # interleaved: whatever else the machine does, it does to both
-        for one, times in zip(both, seconds):
+        for each, times in seconds.items():
             begin = time.perf_counter()
-            one(**call)
+            each(**call)
             times.append(time.perf_counter() - begin)
-    dense, quotient = (sorted(of)[rounds // 2] for of in (seconds[0], [b / a for a, b in zip(*seconds)]))
-    print(f"dense {dense:.2f} s; mean ratio {mean:g} saves {1 - flops[1] / flops[0]:.1%} of the FLOPs, ", end="")
-    print(f"{1 - quotient:.1%} of the time (medians over {rounds} rounds of both)")
+    quotient = statistics.median(b / a for a, b in zip(seconds[dense], seconds[model]))
+    print(f"dense {statistics.median(seconds[dense]):.2f} s; mean ratio {mean:g} saves ", end="")
+    print(f"{1 - flops[model] / flops[dense]:.1%} of the FLOPs, {1 - quotient:.1%} of the time ", end="")
+    print(f"(medians over {rounds} rounds of both)")
 
 
 def kept_bytes(model: nn.Module, call: dict) -> int:
@@ -232,7 +252,7 @@ def kept_bytes(model: nn.Module, call: dict) -> int:
 
 
 def plan(model: nn.Module) -> None:
-    """Print what a training of the model asks for: parameters, FLOPs and memory. What grows with the batch is told apart."""
+    """Print what a training of the model asks for: parameters, FLOPs and memory, of an image and of any batch."""
     route(model)
     blocks = len(model.transformer_blocks)
     call = example(model)
@@ -244,7 +264,8 @@ def plan(model: nn.Module) -> None:
         model(**one)
     # With gradient checkpointing: the input of each block, in fp32, and all of one block at a time.
     inputs = blocks * model.routing.tokens * model.inner_dim * 4
-    print(f"{weights / 1e6:.1f} million parameters, {counter.get_total_flops() / 1e12:.3f} TFLOPs for an image, forward")
+    flops = counter.get_total_flops()
+    print(f"{weights / 1e6:.1f} million parameters, {flops / 1e12:.3f} TFLOPs for an image, forward")
     print(f"kept in bfloat16: copies of the weights {(of_one - of_an_image) / 1e9:.2f} GB, ", end="")
     print(f"and an image {of_an_image / 1e9:.3f} GB, checkpointed {(inputs + of_an_image / blocks) / 1e9:.3f} GB")
 
@@ -260,16 +281,22 @@ def main() -> int | None:
     parser.add_argument("--pretrained", metavar="FOLDER", help="a transformer's own, with its config.json")
     args = parser.parse_args()
     torch.manual_seed(0)
-    models = [kind(**{"num_layers": args.layers} | config).eval() for kind, config in map(MODELS.get, args.model)]
+    models = []
     if args.pretrained:
-        models = [AutoModel.from_pretrained(args.pretrained, local_files_only=True, low_cpu_mem_usage=False)]
+        with input_errors(f"cannot use --pretrained {args.pretrained}"):
+            local = {"local_files_only": True, "low_cpu_mem_usage": False}
+            models.append(AutoModel.from_pretrained(args.pretrained, **local))
+    else:
+        for name in args.model:
+            kind, config = MODELS[name]
+            models.append(kind(**{"num_layers": args.layers} | config).eval())
     if args.time:
         return race(models[0])
     if args.plan:
         return plan(models[0])
-    hold = [check(model) for model in models]
-    print("all equalities hold" if all(hold) else "NOT ALL EQUALITIES HOLD: a difference is above 1e-5")
-    return not all(hold)
+    all_hold = all([check(model) for model in models])
+    print("all equalities hold" if all_hold else "NOT ALL EQUALITIES HOLD: a difference is above 1e-5")
+    return not all_hold
 
 
 if __name__ == "__main__":

@@ -147,7 +147,8 @@ def test_a_routing_file_makes_a_model_from_disk_the_routed_one(kind, tmp_path):
     model.save_pretrained(tmp_path)
     file = {"ratios": routing.ratios.data}  # as files have been since the first: these names, and no others
     for i, layer in enumerate(routing.layers):
-        file |= {f"layers.{i}.router.weight": layer.router.weight.data, f"layers.{i}.router.bias": layer.router.bias.data}
+        file[f"layers.{i}.router.weight"] = layer.router.weight.data
+        file[f"layers.{i}.router.bias"] = layer.router.bias.data
     assert file.keys() == routing.state_dict().keys()
     torch.save(file, tmp_path / "routing.pt")
     loaded = KINDS[kind][0].from_pretrained(tmp_path)
