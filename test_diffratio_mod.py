@@ -442,49 +442,69 @@ def test_method_a_ratio_at_its_bound_comes_back_at_the_first_step_when_the_pull_
 
 @pytest.mark.parametrize("mode", method.MODES)
 def test_method_a_new_model_is_the_same_in_every_mode_but_for_its_table_and_adds_nothing(mode):
-    model, dense = (method.DiT(small_model(z).config) for z in (mode, "dense"))
+    model = method.DiT(small_model(mode).config)
+    dense = method.DiT(small_model("dense").config)
     model.load_state_dict(dense.state_dict() | {"ratios": model.ratios})  # strict: the same names and shapes
     assert set(model.state_dict()) == {name for name, _ in model.named_parameters()}
     assert sum(z.numel() for z in model.parameters()) - model.ratios.numel() == 21_263
-    assert torch.equal(model.ratios, torch.zeros(3, 4 if mode == "layer-timestep" else 1))
+
+    columns = 4 if mode == "layer-timestep" else 1
+    assert torch.equal(model.ratios, torch.zeros(3, columns))
     assert model.ratios.requires_grad == (mode in ("layer", "layer-timestep"))
+
     for module in (model.condition, model.condition_out, model.out, *(layer.router for layer in model.layers)):
-        assert module.weight.eq(0).all() and module.bias.eq(0).all()
-    updates, (images, words, mask, t, noisy) = [], small_batch().values()
+        assert module.weight.eq(0).all()
+        assert module.bias.eq(0).all()
+
+    images, words, mask, t, noisy = small_batch().values()
+    updates = []
     for layer in model.layers:
         layer.layer.register_forward_hook(lambda module, inputs, update: updates.append(update))
     result = model(noisy, t, model.encode_caption(words), images, mask)
-    assert len(updates) == 3 and all(update.eq(0).all() for update in updates)
+    assert len(updates) == 3
+    assert all(update.eq(0).all() for update in updates)
     torch.testing.assert_close(result, method.schedule(t)[1].view(-1, 1, 1, 1) * noisy)  # the velocity is zero
 
 
 def toy_batch(count: int) -> dict:
     """Arguments for diffusion_loss: somewhere on grey a box, whose colour a word tells; the noise levels ascend."""
-    colour, place = torch.randint(3, (count,)), torch.randint(12, (2, count, 1))
+    colour = torch.randint(3, (count,))
+    place = torch.randint(12, (2, count, 1))
     near = (torch.arange(12) - place).abs() < 3  # (2, B, S)
-    box, paint = near[0].unsqueeze(2) & near[1].unsqueeze(1), (2 * torch.eye(3) - 1)[colour]
-    images, words = torch.where(box.unsqueeze(1), paint[:, :, None, None], 0.0), 1 + colour.unsqueeze(1)
-    t, eps = (torch.arange(count) + torch.rand(count)) / count, torch.randn(count, 3, 12, 12)
+    box = near[0].unsqueeze(2) & near[1].unsqueeze(1)
+    paint = (2 * torch.eye(3) - 1)[colour]
+    images = torch.where(box.unsqueeze(1), paint[:, :, None, None], 0.0)
+    words = 1 + colour.unsqueeze(1)
+    t = (torch.arange(count) + torch.rand(count)) / count
+    eps = torch.randn(count, 3, 12, 12)
     return {"images": images, "words": words, "mask": torch.ones(count, 1, 12, 12), "t": t, "eps": eps}
 
 
 def test_method_gradient_of_a_ratio_agrees_with_the_finite_difference_in_k():
     """In a model that has learned at one fixed ratio: for each layer and region, the loss at k - 3 against k + 3."""
-    model, steps, rounds = method.DiT(method.Config(WORDS, 12, 2, 32, 2, 2, 1, "layer-timestep", 4)), 250, 6
-    (ratios := model.ratios).data.fill_(0.4)
+    model = method.DiT(method.Config(WORDS, 12, 2, 32, 2, 2, 1, "layer-timestep", 4))
+    ratios = model.ratios
+    ratios.data.fill_(0.4)
+    steps = 250
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter is not ratios], lr=0.01)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 0.01 * min(1, (step + 1) / 20) * math.sqrt(1 - step / steps)
         method.diffusion_loss(model, **toy_batch(32)).mean().backward()
-        optimizer.step(), model.zero_grad()
+        optimizer.step()
+        model.zero_grad()
+
+    rounds = 6
     slope = torch.zeros(2, 4)
-    for batch in (toy_batch(128) for _ in range(rounds)):
+    for _ in range(rounds):
+        batch = toy_batch(128)
         (method.diffusion_loss(model, **batch).mean() / rounds).backward()
-        for layer, change in ((layer, change) for layer in range(2) for change in (3 / 36, -3 / 36)):
-            ratios.data[layer] += change
-            losses = method.diffusion_loss(model, **batch).detach().view(4, 32).sum(dim=1)  # of each region
-            slope[layer] += losses / (256 * change * rounds)
-            ratios.data[layer] -= change
+        for layer in range(2):
+            for change in (3 / 36, -3 / 36):
+                ratios.data[layer] += change
+                losses = method.diffusion_loss(model, **batch).detach().view(4, 32).sum(dim=1)  # of each region
+                slope[layer] += losses / (256 * change * rounds)
+                ratios.data[layer] -= change
+
     assert 0.4 < ratios.grad.sum() / slope.sum() < 2.5  # skipping more costs something
     assert np.corrcoef(ratios.grad.flatten(), slope.flatten())[0, 1] > 0.4
 
@@ -498,20 +518,31 @@ def test_method_a_training_step_is_one_pass_that_reads_nothing_back_from_the_dev
             return function(*args, **(kwargs or {}))
 
     model = small_model().to("meta")  # shapes without numbers: whatever needs a number fails
-    images, words, mask, t, noisy = (batch := {name: z.to("meta") for name, z in small_batch().items()}).values()
+    batch = {name: z.to("meta") for name, z in small_batch().items()}
+    images, words, mask, t, noisy = batch.values()
+
     with Operations() as dense:
         method.diffusion_loss(model, **batch, route=False).mean().backward()
     with Operations() as routed:
         (method.diffusion_loss(model, **batch).mean() + method.ratio_loss(model.ratios, 0.3)).backward()
     torch.optim.AdamW(model.parameters()).step()
     model.clamp_ratios()
-    assert routed.count <= 1.8 * dense.count and model.ratios.grad.is_meta
+
+    assert routed.count <= 1.8 * dense.count
+    assert model.ratios.grad.is_meta
     model(noisy, t, model.encode_caption(words), images, mask, k=[36, 7, 1])  # nor does a step of sampling
 
 
 def test_method_the_loss_compiles_once_whatever_the_ratios():
-    model, batch, graphs = small_model(), small_batch(), []
-    loss = torch.compile(method.diffusion_loss, fullgraph=True, backend=lambda z, _: graphs.append(z) or z.forward)
+    model = small_model()
+    batch = small_batch()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    loss = torch.compile(method.diffusion_loss, fullgraph=True, backend=backend)
     for most in (0.0, 0.5, 0.97):
         model.ratios.data = most * torch.rand(3, 4)
         torch.testing.assert_close(loss(model, **batch), method.diffusion_loss(model, **batch))
@@ -523,36 +554,48 @@ def test_method_the_loss_compiles_once_whatever_the_ratios():
 def test_method_cuda_and_bfloat16_train_and_sample_with_about_the_same_result(device, skips):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs CUDA")
-    model, batch = small_model(skips=skips), small_batch()
+    model = small_model(skips=skips)
+    batch = small_batch()
     expected = method.diffusion_loss(model, **batch, route=skips > 0)  # zero ratios equal dense
-    model, batch = model.to(device), {name: value.to(device) for name, value in batch.items()}
+    model = model.to(device)
+    batch = {name: value.to(device) for name, value in batch.items()}
     layer, x, scale = (z.float().to(device) for z in toy_layer())
     layer.layer.register_forward_hook(lambda module, inputs, update: update.bfloat16())
+
     for amp, tolerance in ((False, 1e-3), (True, 0.1)):
         with torch.autocast(device, torch.bfloat16, enabled=amp):
             losses = method.diffusion_loss(model, **batch)
             images = method.sample(model, batch["words"], batch["eps"], steps=2)
             tokens = layer(x, scale, k=7)
-        assert losses.dtype == images.dtype == tokens.dtype == torch.float32 and not images.requires_grad
+        assert losses.dtype == torch.float32
+        assert images.dtype == torch.float32
+        assert tokens.dtype == torch.float32
+        assert not images.requires_grad
         torch.testing.assert_close(losses.cpu(), expected, rtol=tolerance, atol=tolerance / 10)
 
 
 def test_method_config_refuses_what_does_not_fit_and_what_is_absurd():
-    many, most = tuple(str(i) for i in range(50_001)), 2048
+    many = tuple(str(i) for i in range(50_001))
+    most = 2048
     method.Config(many[1:], most, most, most, most, most, most, "dense", most)
     assert method.Config(WORDS, 128, 1) == method.Config(WORDS, 128, 1, 128, 6, 4, 8, "layer-timestep", 10)  # large
+
     sizes = "image_size", "patch_size", "dim", "depth", "heads", "caption_length", "regions"
     refused = [{name: value} for name in sizes for value in (0, -1, most + 1, 4.0, "4", True, None)]
     refused += [{"patch_size": 5}, {"image_size": 129, "patch_size": 1}, {"dim": 126, "heads": 2}, {"heads": 3}]
-    refused += [{"vocabulary": z} for z in ((), ("a", "a"), many)] + [{"mode": "fast" * 99}, {"dim": "9" * 99}]
+    refused += [{"vocabulary": ()}, {"vocabulary": ("a", "a")}, {"vocabulary": many}]
+    refused += [{"mode": "fast" * 99}, {"dim": "9" * 99}]
     for changes in refused:
         with pytest.raises(method.InputError) as error:
             method.Config(**({"vocabulary": WORDS} | changes))
-        assert isinstance(error.value, ValueError) and "\n" not in str(error.value) and len(str(error.value)) < 130
+        assert isinstance(error.value, ValueError)
+        assert "\n" not in str(error.value)
+        assert len(str(error.value)) < 130
 
 
 def test_method_sampler_reproduces_a_known_distribution():
-    model, mean = small_model("dense"), torch.linspace(-0.3, 0.3, 3).view(1, 3, 1, 1)
+    model = small_model("dense")
+    mean = torch.linspace(-0.3, 0.3, 3).view(1, 3, 1, 1)
 
     def exact(noisy, t, *_, **__):  # the noise in data that are normal, pixel by pixel
         a, s = (z.view(-1, 1, 1, 1) for z in method.schedule(t))
@@ -560,6 +603,7 @@ def test_method_sampler_reproduces_a_known_distribution():
 
     model.forward = exact
     images = method.sample(model, torch.ones(128, 5).long(), torch.randn(128, 3, 12, 12))
+
     assert (images.mean(dim=(0, 2, 3)) - mean.flatten()).abs().max() < 0.01
     assert (images.std(dim=(0, 2, 3)) - 0.15).abs().max() < 0.01
 
@@ -567,13 +611,17 @@ def test_method_sampler_reproduces_a_known_distribution():
 def paper_sampler(predict, noise, known, mask, steps=30, guidance=3.0) -> list[tuple[float, torch.Tensor]]:
     """DPM-Solver++(2M) as in its paper (arXiv 2211.01095, algorithm 2), with guidance; t and guess of every step."""
     t = np.linspace(1, 0, steps + 1)
-    a, s = np.cos(t * math.acos(0.02)), np.sin(t * math.acos(0.02))
-    x, guesses, half_snr = noise.double(), [], np.log(a / np.maximum(s, 1e-300))
+    a = np.cos(t * math.acos(0.02))
+    s = np.sin(t * math.acos(0.02))
+    half_snr = np.log(a / np.maximum(s, 1e-300))
+    x = noise.double()
+    guesses = []
     for i in range(steps):
         conditional, null = predict(x.float(), t[i])
         x0 = (x - s[i] * (null + guidance * (conditional - null))) / a[i]
         guesses.append(mask * x0.clamp(-1, 1) + (1 - mask) * known)
-        h, data = half_snr[i + 1] - half_snr[i], guesses[i]
+        h = half_snr[i + 1] - half_snr[i]
+        data = guesses[i]
         if 0 < i < steps - 1:
             r = (half_snr[i] - half_snr[i - 1]) / h
             data = (1 + 1 / (2 * r)) * guesses[i] - 1 / (2 * r) * guesses[i - 1]
@@ -584,9 +632,15 @@ def paper_sampler(predict, noise, known, mask, steps=30, guidance=3.0) -> list[t
 @pytest.mark.parametrize("options", [{}, {"steps": 8, "guidance": 1.0}, {"steps": 1}, {"steps": 2, "guidance": 0.0}])
 @pytest.mark.parametrize("mode", method.MODES)
 def test_method_sampler_equals_its_paper_and_computes_the_k_tokens_of_each_noise_level(mode, options):
-    model, noise, hooked, sizes = small_model(mode), torch.randn(8, 3, 12, 12), [], []
+    model = small_model(mode)
+    noise = torch.randn(8, 3, 12, 12)
     known, words, mask, *_ = small_batch().values()
-    table = torch.tensor([[0.0, 0.9], [0.5, 0.2], [0.99, 0.0]]) if mode == "uniform" else model.ratios
+    if mode == "uniform":  # has no table of its own that differs between layers
+        given_table = torch.tensor([[0.0, 0.9], [0.5, 0.2], [0.99, 0.0]])
+        table = given_table
+    else:
+        given_table = None
+        table = model.ratios
 
     def predict(x, t):
         k = None if mode == "dense" else k_at(table, t)
@@ -594,29 +648,49 @@ def test_method_sampler_equals_its_paper_and_computes_the_k_tokens_of_each_noise
             yield model(x, torch.full((8,), t).float(), caption, known, mask, k=k).detach()
 
     expected = paper_sampler(predict, noise, known, mask, **options)
+
     kinds = set()  # of k, as layers are given it
     for layer in model.layers:
         layer.register_forward_pre_hook(lambda _, inputs, named: kinds.add(type(named["k"])), with_kwargs=True)
+    sizes = []  # of the batches that the caption encoder and the last layer compute
     for module in (model.caption_encoder, model.layers[2].layer):
         module.register_forward_pre_hook(lambda module, inputs: sizes.append(inputs[0].shape[:2]))
-    given = {"known": known, "mask": mask, "ratios": table if mode == "uniform" else None}
-    result = method.sample(model, words, noise, **options, **given, hook=lambda *z: hooked.append(z))
-    for (t, guess), (expected_t, expected_guess) in zip([*hooked, (0.0, result)], expected, strict=True):
+    guesses = []
+    result = method.sample(
+        model,
+        words,
+        noise,
+        **options,
+        known=known,
+        mask=mask,
+        ratios=given_table,
+        hook=lambda t, guess: guesses.append((t, guess)),
+    )
+
+    for (t, guess), (expected_t, expected_guess) in zip([*guesses, (0.0, result)], expected, strict=True):
         torch.testing.assert_close(guess.double(), expected_guess.double(), rtol=1e-4, atol=1e-4)
         assert t == pytest.approx(expected_t)
     kind = type(None) if mode == "dense" else int
     assert kinds == {kind}, f"k is {kinds}, not {kind}: a Python integer is known before the layer runs"
     images = 8 if options.get("guidance") == 1 else 16  # without guidance the null caption is not computed
-    assert sizes == [(images, 5)] + [(images, 36 if mode == "dense" else k_at(table, t)[2]) for t, _ in expected[:-1]]
+    expected_sizes = [(images, 5)]
+    for t, _ in expected[:-1]:
+        tokens = 36 if mode == "dense" else k_at(table, t)[2]
+        expected_sizes.append((images, tokens))
+    assert sizes == expected_sizes
 
 
 def test_method_inpainting_returns_known_pixels_unchanged_and_never_sees_hidden_ones():
     model = small_model()
     known, words, mask, _, noise = small_batch().values()
-    images, inside = method.sample(model, words, noise, 5, known=known, mask=mask), mask.bool().expand(8, 3, 12, 12)
-    assert torch.equal(images[~inside], known[~inside]) and not torch.equal(images[inside], known[inside])
-    hidden = torch.where(inside, -known, known)
-    assert torch.equal(images, method.sample(model, words, noise, 5, known=hidden, mask=mask))
+    inside = mask.bool().expand(8, 3, 12, 12)
+
+    images = method.sample(model, words, noise, 5, known=known, mask=mask)
+    assert torch.equal(images[~inside], known[~inside])
+    assert not torch.equal(images[inside], known[inside])
+
+    changed_inside = torch.where(inside, -known, known)
+    assert torch.equal(images, method.sample(model, words, noise, 5, known=changed_inside, mask=mask))
 
 
 @pytest.mark.parametrize("interval", [(0.0, 1.0), (0.25, 1.0), (0.0, 0.75), (0.3, 0.6), (0.7, 0.7), (0.8, 0.2)])
@@ -631,20 +705,23 @@ def test_method_guidance_acts_within_its_interval_and_all_other_steps_run_the_co
         tenth = round(10 * t)
         acts = 10 * interval[0] <= tenth <= 10 * interval[1]
         k = None if mode == "dense" else k_at(model.ratios, t)
+        other_words = 0 * words if acts else words
         predictions = []
-        for caption in (words, 0 * words if acts else words):
+        for caption in (words, other_words):
             inputs = x, torch.full((8,), t).float(), model.encode_caption(caption), known, mask
             predictions.append(model(*inputs, k=k).detach())
         expected_batches.append(16 if acts else 8)
         return predictions
 
     expected = paper_sampler(predict, noise, known, mask, steps=10, guidance=4.0)
+
     guesses = []
     batches = []
     model.layers[2].register_forward_pre_hook(lambda module, inputs: batches.append(len(inputs[0])))
     result = method.sample(
         model, words, noise, 10, 4.0, interval, known, mask, hook=lambda t, guess: guesses.append((t, guess))
     )
+
     for (t, guess), (expected_t, expected_guess) in zip([*guesses, (0.0, result)], expected, strict=True):
         assert t == pytest.approx(expected_t)
         torch.testing.assert_close(guess.double(), expected_guess.double(), rtol=1e-4, atol=1e-4)
@@ -657,11 +734,16 @@ def test_method_guidance_everywhere_is_the_default_and_guidance_nowhere_is_the_p
     noise = torch.randn(8, 3, 12, 12)
     encoded = []
     model.caption_encoder.register_forward_pre_hook(lambda module, inputs: encoded.append(len(inputs[0])))
+
     default = method.sample(model, words, noise, 5)
-    assert torch.equal(default, method.sample(model, words, noise, 5, 3.0, guidance_interval=(0.0, 1.0)))
+    everywhere = method.sample(model, words, noise, 5, 3.0, guidance_interval=(0.0, 1.0))
     plain = method.sample(model, words, noise, 5, guidance=1.0)
-    assert torch.equal(plain, method.sample(model, words, noise, 5, 3.0, guidance_interval=(0.0, 0.1)))
-    assert encoded == [16, 16, 8, 8] and not torch.equal(default, plain)
+    nowhere = method.sample(model, words, noise, 5, 3.0, guidance_interval=(0.0, 0.1))
+
+    assert torch.equal(default, everywhere)
+    assert torch.equal(plain, nowhere)
+    assert encoded == [16, 16, 8, 8]
+    assert not torch.equal(default, plain)
 
 
 # --- The data --------------------------------------------------------------------------------------------------------
