@@ -1158,9 +1158,9 @@ def command(script: str, *arguments: object, **options) -> subprocess.CompletedP
 
 def call(module, capsys, *arguments: object) -> tuple[int, str, str]:
     """The same in this process, which saves the start-up time: exit code, standard output, standard error."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        patch.setattr(sys, "argv", [module.__file__, *map(str, arguments)])
-        patch.setattr(signal, "signal", lambda *_: None)
+    with pytest.MonkeyPatch.context() as context, pytest.raises(SystemExit) as stopped:
+        context.setattr(sys, "argv", [module.__file__, *map(str, arguments)])
+        context.setattr(signal, "signal", lambda *_: None)
         sample_command.run_command(module.main)
     captured = capsys.readouterr()
     return stopped.value.code or 0, captured.out, captured.err
@@ -1176,21 +1176,27 @@ def finished(tmp_path_factory):
 
 
 def lines_of(folder: Path) -> list[dict]:
-    return [json.loads(line) | {"seconds": 0} for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    """The lines of a run's metrics, without the seconds, which no two runs share."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line | {"seconds": 0} for line in lines]
 
 
 def test_training_leaves_the_promised_files(finished):
-    pictures, lines = {"ratios.png", "samples.png", "routing.png", "curves.png"}, lines_of(finished)
+    pictures = {"ratios.png", "samples.png", "routing.png", "curves.png"}
     assert {path.name for path in finished.iterdir()} == {"checkpoint.pt", "metrics.jsonl", "ratios.json"} | pictures
-    assert [line["step"] for line in lines] == [2, 4, 6, 8] and lines[0]["mean_ratio"] == 0 < lines[-1]["mean_ratio"]
+    for name in pictures:
+        assert min(Image.open(finished / name).size) > 100, name
+
+    lines = lines_of(finished)
+    assert [line["step"] for line in lines] == [2, 4, 6, 8]
+    assert lines[0]["mean_ratio"] == 0
+    assert lines[-1]["mean_ratio"] > 0
     for line in lines:
         found = [loss for loss in line["loss_by_region"] if loss is not None]
         assert min(found) <= line["loss"] <= max(found)
-        assert np.shape(line["ratios"]) == (2, 3) and np.mean(line["ratios"]) == pytest.approx(
-            line["mean_ratio"], abs=1e-4
-        )
+        assert np.shape(line["ratios"]) == (2, 3)
+        assert np.mean(line["ratios"]) == pytest.approx(line["mean_ratio"], abs=1e-4)
     assert json.loads((finished / "ratios.json").read_text())["ratios"] == lines[-1]["ratios"]
-    assert all(min(Image.open(finished / name).size) > 100 for name in pictures)
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3, 6, 7])
@@ -1204,19 +1210,28 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(finished, tmp_path, cu
     train_command.save_checkpoint(run, tmp_path / "checkpoint.pt")
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 99, "loss": 1}\n{"step": 100, "lo')  # written after the save
-    assert call(train_command, capsys, "--out", tmp_path, "--resume")[0] == 0
+
+    code, _, error = call(train_command, capsys, "--out", tmp_path, "--resume")
+
+    assert code == 0, error
     assert lines_of(tmp_path) == lines_of(finished)
-    whole, resumed = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (finished, tmp_path))
+    whole = torch.load(finished / "checkpoint.pt", weights_only=True)
+    resumed = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     for key in ("model", "ema"):
-        assert all(torch.equal(value, resumed[key][name]) for name, value in whole[key].items())
+        for name, value in whole[key].items():
+            assert torch.equal(value, resumed[key][name]), f"{key}: {name}"
     for name in ("adamw", "muon"):
-        moments = [[z for state in c[name]["state"].values() for z in state.values()] for c in (whole, resumed)]
-        assert len(moments[0]) == len(moments[1]) > 0 and all(map(torch.equal, *moments))
+        moments = [z for state in whole[name]["state"].values() for z in state.values()]
+        resumed_moments = [z for state in resumed[name]["state"].values() for z in state.values()]
+        assert len(moments) > 0
+        assert len(moments) == len(resumed_moments)
+        assert all(map(torch.equal, moments, resumed_moments)), name
 
 
 def test_a_finished_run_can_be_extended_to_more_steps(finished, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / "run")
-    assert call(train_command, capsys, "--out", tmp_path / "run", "--resume", "--steps", 12)[0] == 0
+    code, _, error = call(train_command, capsys, "--out", tmp_path / "run", "--resume", "--steps", 12)
+    assert code == 0, error
     assert [line["step"] for line in lines_of(tmp_path / "run")] == [2, 4, 6, 8, 10, 12]
 
 
@@ -1227,91 +1242,134 @@ def heed_signals() -> None:
 
 
 def test_killed_and_interrupted_runs_resume_from_a_whole_checkpoint(tmp_path):
-    path, line = tmp_path / "checkpoint.pt", [sys.executable, str(HERE / "train_cifar.py"), *TINY]
+    path = tmp_path / "checkpoint.pt"
+    line = [sys.executable, str(HERE / "train_cifar.py"), *TINY]
     line += ["--out", str(tmp_path), "--steps", "4000", "--save-every", "1"]  # so that a kill often hits a save
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    time_of_last_save = 0
     for number in (signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        before = path.stat().st_mtime_ns if path.exists() else 0
-        flags = ["--resume"] if before else []
-        streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        flags = []
+        if path.exists():
+            time_of_last_save = path.stat().st_mtime_ns
+            flags = ["--resume"]
         process = subprocess.Popen(line + flags, preexec_fn=heed_signals, **streams)
         deadline = time.time() + 60
         while process.poll() is None and time.time() < deadline:
-            if path.exists() and path.stat().st_mtime_ns > before:
+            if path.exists() and path.stat().st_mtime_ns > time_of_last_save:
                 break
             time.sleep(0.01)
         time.sleep(0.1)
+
         process.send_signal(number)
+
         error = process.communicate(timeout=60)[1].splitlines()[-1]
         step = sample_command.read_checkpoint(path, "model")[1]["step"]
         if number != signal.SIGKILL:
-            assert process.returncode == 128 + number and "--resume" in error and f"step {step}," in error
+            assert process.returncode == 128 + number
+            assert "--resume" in error
+            assert f"step {step}," in error
 
 
 def test_a_checkpoint_gives_identical_samples_in_a_new_process(finished, tmp_path):
-    path, prompts = finished / "checkpoint.pt", ["a red circle", "a blue cross above a red square"]
+    path = finished / "checkpoint.pt"
+    prompts = ["a red circle", "a blue cross above a red square"]
     flags = ["--num", 2, "--steps", 4, "--seed", 3, "--guidance", 2, "--device", "cpu", "--out", tmp_path / "s.png"]
     flags += ["--npz", tmp_path / "s.npz", "--png-dir", tmp_path / "png", "--routing-map", "--batch-size", 3]
+
     result = command("sample.py", "--checkpoint", path, "--prompt", prompts[0], "--prompt", prompts[1], *flags)
+
     assert result.returncode == 0, result.stderr
-    array, model = np.load(tmp_path / "s.npz")["arr_0"], sample_command.read_checkpoint(path)[0]
+    array = np.load(tmp_path / "s.npz")["arr_0"]
+    model = sample_command.read_checkpoint(path)[0]
     captions = [prompts[0]] * 2 + [prompts[1]] * 2
-    generate = sample_command.images_from_prompts
-    expected = [generate(model, captions[a:b], 3, a, steps=4, guidance=2.0) for a, b in ((0, 3), (3, 4))]
-    assert array.dtype == np.uint8 and np.array_equal(array, np.concatenate(expected))
+    first = sample_command.images_from_prompts(model, captions[:3], 3, 0, steps=4, guidance=2.0)
+    second = sample_command.images_from_prompts(model, captions[3:], 3, 3, steps=4, guidance=2.0)
+    assert array.dtype == np.uint8
+    assert np.array_equal(array, np.concatenate([first, second]))
     assert len(np.unique(array.reshape(4, -1), axis=0)) == 4
-    assert all(np.array_equal(Image.open(tmp_path / "png" / f"{i:06d}.png"), array[i]) for i in range(4))
-    assert (tmp_path / "s.png").exists() and (tmp_path / "s-routing.png").exists()
-    assert "GFLOPs an image" in result.stdout and "mean ratio" in result.stdout
+    for i in range(4):
+        assert np.array_equal(Image.open(tmp_path / "png" / f"{i:06d}.png"), array[i])
+    assert (tmp_path / "s.png").exists()
+    assert (tmp_path / "s-routing.png").exists()
+    assert "GFLOPs an image" in result.stdout
+    assert "mean ratio" in result.stdout
 
 
 def test_the_routing_that_is_recorded_is_what_was_processed(finished):
-    model, records, given = sample_command.read_checkpoint(finished / "checkpoint.pt")[0], [], []
+    model = sample_command.read_checkpoint(finished / "checkpoint.pt")[0]
+    given = []  # of each routed layer in turn: all its tokens, then those that it processes
     for layer in model.layers:
         torch.nn.init.normal_(layer.router.weight)
         for module in (layer.layer, layer):
             module.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
     model.ratios.data.uniform_(0.1, 0.9)
+    records = []
+
     hooks = sample_command.record_routing(model, records)
     sample_command.images_from_prompts(model, ["a red circle", "a blue cross"], 0, steps=3)
-    assert len(records) == len(hooks) * 3 == 6
-    for (score, order), x, processed in zip(records, given[::2], given[1::2]):  # all tokens come in, these get on
+
+    assert len(hooks) == 2
+    assert len(records) == 6
+    for (score, order), x, processed in zip(records, given[::2], given[1::2]):
         assert torch.equal(x.gather(1, order[..., None].expand_as(processed)), processed)
         assert torch.equal(score.topk(order.shape[1]).indices.sort().values, order.sort().values)
 
 
 def test_tables_change_what_is_skipped_and_dense_skips_nothing(finished, tmp_path, capsys):
     start = ["--checkpoint", finished / "checkpoint.pt", "--steps", 4, "--out", tmp_path / "s.png"]
-    low, high = ["--ratios", tmp_path / "low.json"], ["--ratios", tmp_path / "high.json"]
-    low[1].write_text(json.dumps([[0.25] * 6] * 2)), high[1].write_text(json.dumps({"ratios": [[0.5], [0.75]]}))
-    ratios = {"0.250": low, "0.625": high, "0.531": [*high, "--round-k", 5]}  # k = 8 and 4 become 10 and 5
-    for expected, flags in (ratios | {"": ["--ratios", finished / "ratios.json"], "0.000": ["--dense"]}).items():
+    low = tmp_path / "low.json"
+    high = tmp_path / "high.json"
+    low.write_text(json.dumps([[0.25] * 6] * 2))
+    high.write_text(json.dumps({"ratios": [[0.5], [0.75]]}))
+    flags_of_ratio = {
+        "0.250": ["--ratios", low],
+        "0.625": ["--ratios", high],
+        "0.531": ["--ratios", high, "--round-k", 5],  # k = 8 and 4 become 10 and 5
+        "": ["--ratios", finished / "ratios.json"],
+        "0.000": ["--dense"],
+    }
+    for expected, flags in flags_of_ratio.items():
         code, output, error = call(sample_command, capsys, *start, *flags)
-        assert code == 0 and f"mean ratio {expected}" in output, error
+        assert code == 0, error
+        assert f"mean ratio {expected}" in output, error
         assert ("0.0% fewer than dense" in output) == ("--dense" in flags)
 
 
 def test_inpainting_keeps_the_known_pixels(finished, tmp_path, capsys):
-    picture, mask = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8), np.zeros((16, 16), np.uint8)
+    picture = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    mask = np.zeros((16, 16), np.uint8)
     mask[3:9, 5:12] = 255
-    Image.fromarray(picture).save(tmp_path / "p.png"), Image.fromarray(mask).save(tmp_path / "m.png")
+    Image.fromarray(picture).save(tmp_path / "p.png")
+    Image.fromarray(mask).save(tmp_path / "m.png")
     flags = ["--inpaint", tmp_path / "p.png", "--mask", tmp_path / "m.png", "--steps", 3, "--npz", tmp_path / "s.npz"]
     flags += ["--prompt", "a red circle", "--checkpoint", finished / "checkpoint.pt", "--out", tmp_path / "s.png"]
-    assert call(sample_command, capsys, *flags)[0] == 0
+
+    code, _, error = call(sample_command, capsys, *flags)
+
+    assert code == 0, error
     image = np.load(tmp_path / "s.npz")["arr_0"][0]
-    assert np.array_equal(image[mask == 0], picture[mask == 0]) and (image != picture)[mask > 0].any()
+    assert np.array_equal(image[mask == 0], picture[mask == 0])
+    assert (image != picture)[mask > 0].any()
 
 
 # --- Bad input: one line, exit code 2, nothing lost ------------------------------------------------------------------
 
 
-snapshot = lambda folder: {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """The path and the content of all files in a folder."""
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def assert_refused(result: tuple[int, str, str], *words: str) -> None:
+    """The result of a command is exit code 2 and one line of error with these words in it."""
     code, _, error = result
     line = error[error.rfind("error: ") :].removesuffix("\n")  # what follows a progress bar
-    assert code == 2 and line.startswith("error: ") and line.isprintable() and error.endswith("\n"), error
-    assert all(word in line for word in words), error
+    assert code == 2, error
+    assert line.startswith("error: "), error
+    assert line.isprintable(), error
+    assert error.endswith("\n"), error
+    for word in words:
+        assert word in line, error
 
 
 BAD = """
@@ -1345,40 +1403,75 @@ BAD = """
 """
 
 
+class TouchesAFile:
+    """What creates the file `executed` when it is unpickled."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("executed"),)
+
+
+def write_bad_files() -> None:
+    """In the current folder: all that the cases above name, beside the finished run in `taken`."""
+    picture = Path("broken/train/frog/0.png")
+    picture.parent.mkdir(parents=True)
+    picture.write_bytes(b"\x89PNG\r\n\x1a\n but no more")
+    Image.new("RGB", (20, 20)).save("small.png")
+    Image.new("RGB", (30, 20)).save("wide.png")
+    Path("rows.json").write_text("[[0.1]]")
+    Path("one.json").write_text("[[0.1, 1], [0, 0]]")
+    Path("junk.pt").write_bytes(b"no checkpoint")
+
+    good = torch.load("taken/checkpoint.pt", weights_only=True)
+    without_ratios = {name: value for name, value in good["ema"].items() if name != "ratios"}
+    not_finite = {name: value / 0 for name, value in good["ema"].items()}
+    clears_the_screen = ["\x1b[2J", *good["config"]["vocabulary"][1:]]
+    torch.save(good | {"payload": TouchesAFile()}, "payload.pt")
+    torch.save(good | {"config": good["config"] | {"dim": 2048, "depth": 1000}}, "large.pt")
+    torch.save(good | {"ema": without_ratios}, "missing.pt")
+    torch.save(good | {"ema": not_finite}, "nan.pt")
+    torch.save(good | {"config": good["config"] | {"vocabulary": clears_the_screen}}, "words.pt")
+
+
 @pytest.mark.parametrize("case", BAD.strip().splitlines())
 def test_bad_input_is_refused_in_one_line_and_nothing_is_lost(case, finished, tmp_path, monkeypatch, capsys):
-    (script, *flags), words = (part.split() for part in case.split("|"))
-    monkeypatch.chdir(tmp_path), shutil.copytree(finished, "taken")
-    (tmp_path / "broken" / "train" / "frog").mkdir(parents=True)
-    (tmp_path / "broken" / "train" / "frog" / "0.png").write_bytes(b"\x89PNG\r\n\x1a\n but no more")
-    (tmp_path / "junk.pt").write_bytes(b"no checkpoint")
-    no_network = lambda *_, **__: (_ for _ in ()).throw(OSError("no network"))
+    def no_network(*_, **__):
+        raise OSError("no network")
+
     monkeypatch.setattr(train_command.torchvision.datasets.CIFAR10, "download", no_network)
-    good = torch.load("taken/checkpoint.pt", weights_only=True)
-    payload = type("Payload", (), {"__reduce__": lambda self: (Path.touch, (Path("executed"),))})()  # runs if unpickled
-    changes = {"payload": {"payload": payload}, "large": {"config": good["config"] | {"dim": 2048, "depth": 1000}}}
-    changes["missing"] = {"ema": {name: value for name, value in good["ema"].items() if name != "ratios"}}
-    changes["nan"] = {"ema": {name: value / 0 for name, value in good["ema"].items()}}
-    words_of = ["\x1b[2J", *good["config"]["vocabulary"][1:]]  # the first one would clear the screen
-    changes["words"] = {"config": good["config"] | {"vocabulary": words_of}}
-    [torch.save(good | change, f"{name}.pt") for name, change in changes.items()]
-    for name, table in {"rows": [[0.1]], "one": [[0.1, 1], [0, 0]]}.items():
-        (tmp_path / f"{name}.json").write_text(json.dumps(table))
-    Image.new("RGB", (20, 20)).save("small.png"), Image.new("RGB", (30, 20)).save("wide.png")
-    before, start = snapshot(tmp_path), [] if "--checkpoint" in flags else ["--checkpoint", "taken/checkpoint.pt"]
-    if script == "train":
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished, "taken")
+    write_bad_files()
+    line, words = case.split("|")
+    script, *flags = line.split()
+    if script == "sample":
+        module = sample_command
+        start = [] if "--checkpoint" in flags else ["--checkpoint", "taken/checkpoint.pt"]
+    else:
+        module = train_command
         start = ["--device", "cpu"] if "--resume" in flags or "--init" in flags else TINY
-    assert_refused(call(train_command if script == "train" else sample_command, capsys, *start, *flags), *words)
+    before = snapshot(tmp_path)
+
+    result = call(module, capsys, *start, *flags)
+
+    assert_refused(result, *words.split())
     after = snapshot(tmp_path)
     assert {path: after.get(path) for path in before} == before
-    assert not (tmp_path / "fresh").exists() and not (tmp_path / "executed").exists()
+    assert not (tmp_path / "fresh").exists()
+    assert not (tmp_path / "executed").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_a_checkpoint_is_written(tmp_path, monkeypatch, capsys):
-    loss, factors = method.diffusion_loss, torch.ones(40, 6)
-    factors[3, -1], steps = math.inf, iter(factors)  # at the fourth step, in the noisiest sixth of its images
-    monkeypatch.setattr(train_command, "diffusion_loss", lambda *z, **options: loss(*z, **options) * next(steps))
+    loss = method.diffusion_loss
+    factors = torch.ones(40, 6)
+    factors[3, -1] = math.inf  # at the fourth step, in the noisiest sixth of its images
+    factors_of_steps = iter(factors)
+
+    def multiplied_loss(*arguments, **options):
+        return loss(*arguments, **options) * next(factors_of_steps)
+
+    monkeypatch.setattr(train_command, "diffusion_loss", multiplied_loss)
     result = call(train_command, capsys, *TINY, "--steps", 40, "--log-every", 3, "--noise", 3, 1, "--out", tmp_path)
+
     assert_refused(result, "not finite", "steps 4 to", "regions [3]", "saved before", "--lr")
     assert sample_command.read_checkpoint(tmp_path / "checkpoint.pt", "model")[1]["step"] == 3
 
@@ -1387,11 +1480,18 @@ def test_a_full_disk_leaves_the_older_files_whole_and_no_half_file(finished, tmp
     """The limit on the size of files fails a write in the middle, as a full disk does, in a real process."""
     resource = pytest.importorskip("resource", reason="limits on file sizes need a Unix system")
     shutil.copytree(finished, tmp_path / "run")
-    before, limit = snapshot(tmp_path), lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
-    result = command("train_cifar.py", "--out", tmp_path / "run", "--resume", "--steps", 9, preexec_fn=limit)
+    before = snapshot(tmp_path)
+
+    def limit_file_sizes():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
+
+    flags = ["--out", tmp_path / "run", "--resume", "--steps", 9]
+    result = command("train_cifar.py", *flags, preexec_fn=limit_file_sizes)
+
     assert_refused((result.returncode, "", result.stderr), "cannot write")
-    after, metrics = snapshot(tmp_path), {str(tmp_path / "run" / "metrics.jsonl"): b""}  # where a line was added
-    assert after | metrics == before | metrics
+    after = snapshot(tmp_path)
+    metrics = str(tmp_path / "run" / "metrics.jsonl")  # where a line was added
+    assert after | {metrics: b""} == before | {metrics: b""}
 
 
 # --- Pictures as people have them ------------------------------------------------------------------------------------
