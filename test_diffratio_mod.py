@@ -442,49 +442,69 @@ def test_method_a_ratio_at_its_bound_comes_back_at_the_first_step_when_the_pull_
 
 @pytest.mark.parametrize("mode", method.MODES)
 def test_method_a_new_model_is_the_same_in_every_mode_but_for_its_table_and_adds_nothing(mode):
-    model, dense = (method.DiT(small_model(z).config) for z in (mode, "dense"))
+    model = method.DiT(small_model(mode).config)
+    dense = method.DiT(small_model("dense").config)
     model.load_state_dict(dense.state_dict() | {"ratios": model.ratios})  # strict: the same names and shapes
     assert set(model.state_dict()) == {name for name, _ in model.named_parameters()}
     assert sum(z.numel() for z in model.parameters()) - model.ratios.numel() == 21_263
-    assert torch.equal(model.ratios, torch.zeros(3, 4 if mode == "layer-timestep" else 1))
+
+    columns = 4 if mode == "layer-timestep" else 1
+    assert torch.equal(model.ratios, torch.zeros(3, columns))
     assert model.ratios.requires_grad == (mode in ("layer", "layer-timestep"))
+
     for module in (model.condition, model.condition_out, model.out, *(layer.router for layer in model.layers)):
-        assert module.weight.eq(0).all() and module.bias.eq(0).all()
-    updates, (images, words, mask, t, noisy) = [], small_batch().values()
+        assert module.weight.eq(0).all()
+        assert module.bias.eq(0).all()
+
+    images, words, mask, t, noisy = small_batch().values()
+    updates = []
     for layer in model.layers:
         layer.layer.register_forward_hook(lambda module, inputs, update: updates.append(update))
     result = model(noisy, t, model.encode_caption(words), images, mask)
-    assert len(updates) == 3 and all(update.eq(0).all() for update in updates)
+    assert len(updates) == 3
+    assert all(update.eq(0).all() for update in updates)
     torch.testing.assert_close(result, method.schedule(t)[1].view(-1, 1, 1, 1) * noisy)  # the velocity is zero
 
 
 def toy_batch(count: int) -> dict:
     """Arguments for diffusion_loss: somewhere on grey a box, whose colour a word tells; the noise levels ascend."""
-    colour, place = torch.randint(3, (count,)), torch.randint(12, (2, count, 1))
+    colour = torch.randint(3, (count,))
+    place = torch.randint(12, (2, count, 1))
     near = (torch.arange(12) - place).abs() < 3  # (2, B, S)
-    box, paint = near[0].unsqueeze(2) & near[1].unsqueeze(1), (2 * torch.eye(3) - 1)[colour]
-    images, words = torch.where(box.unsqueeze(1), paint[:, :, None, None], 0.0), 1 + colour.unsqueeze(1)
-    t, eps = (torch.arange(count) + torch.rand(count)) / count, torch.randn(count, 3, 12, 12)
+    box = near[0].unsqueeze(2) & near[1].unsqueeze(1)
+    paint = (2 * torch.eye(3) - 1)[colour]
+    images = torch.where(box.unsqueeze(1), paint[:, :, None, None], 0.0)
+    words = 1 + colour.unsqueeze(1)
+    t = (torch.arange(count) + torch.rand(count)) / count
+    eps = torch.randn(count, 3, 12, 12)
     return {"images": images, "words": words, "mask": torch.ones(count, 1, 12, 12), "t": t, "eps": eps}
 
 
 def test_method_gradient_of_a_ratio_agrees_with_the_finite_difference_in_k():
     """In a model that has learned at one fixed ratio: for each layer and region, the loss at k - 3 against k + 3."""
-    model, steps, rounds = method.DiT(method.Config(WORDS, 12, 2, 32, 2, 2, 1, "layer-timestep", 4)), 250, 6
-    (ratios := model.ratios).data.fill_(0.4)
+    model = method.DiT(method.Config(WORDS, 12, 2, 32, 2, 2, 1, "layer-timestep", 4))
+    ratios = model.ratios
+    ratios.data.fill_(0.4)
+    steps = 250
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter is not ratios], lr=0.01)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 0.01 * min(1, (step + 1) / 20) * math.sqrt(1 - step / steps)
         method.diffusion_loss(model, **toy_batch(32)).mean().backward()
-        optimizer.step(), model.zero_grad()
+        optimizer.step()
+        model.zero_grad()
+
+    rounds = 6
     slope = torch.zeros(2, 4)
-    for batch in (toy_batch(128) for _ in range(rounds)):
+    for _ in range(rounds):
+        batch = toy_batch(128)
         (method.diffusion_loss(model, **batch).mean() / rounds).backward()
-        for layer, change in ((layer, change) for layer in range(2) for change in (3 / 36, -3 / 36)):
-            ratios.data[layer] += change
-            losses = method.diffusion_loss(model, **batch).detach().view(4, 32).sum(dim=1)  # of each region
-            slope[layer] += losses / (256 * change * rounds)
-            ratios.data[layer] -= change
+        for layer in range(2):
+            for change in (3 / 36, -3 / 36):
+                ratios.data[layer] += change
+                losses = method.diffusion_loss(model, **batch).detach().view(4, 32).sum(dim=1)  # of each region
+                slope[layer] += losses / (256 * change * rounds)
+                ratios.data[layer] -= change
+
     assert 0.4 < ratios.grad.sum() / slope.sum() < 2.5  # skipping more costs something
     assert np.corrcoef(ratios.grad.flatten(), slope.flatten())[0, 1] > 0.4
 
@@ -498,20 +518,31 @@ def test_method_a_training_step_is_one_pass_that_reads_nothing_back_from_the_dev
             return function(*args, **(kwargs or {}))
 
     model = small_model().to("meta")  # shapes without numbers: whatever needs a number fails
-    images, words, mask, t, noisy = (batch := {name: z.to("meta") for name, z in small_batch().items()}).values()
+    batch = {name: z.to("meta") for name, z in small_batch().items()}
+    images, words, mask, t, noisy = batch.values()
+
     with Operations() as dense:
         method.diffusion_loss(model, **batch, route=False).mean().backward()
     with Operations() as routed:
         (method.diffusion_loss(model, **batch).mean() + method.ratio_loss(model.ratios, 0.3)).backward()
     torch.optim.AdamW(model.parameters()).step()
     model.clamp_ratios()
-    assert routed.count <= 1.8 * dense.count and model.ratios.grad.is_meta
+
+    assert routed.count <= 1.8 * dense.count
+    assert model.ratios.grad.is_meta
     model(noisy, t, model.encode_caption(words), images, mask, k=[36, 7, 1])  # nor does a step of sampling
 
 
 def test_method_the_loss_compiles_once_whatever_the_ratios():
-    model, batch, graphs = small_model(), small_batch(), []
-    loss = torch.compile(method.diffusion_loss, fullgraph=True, backend=lambda z, _: graphs.append(z) or z.forward)
+    model = small_model()
+    batch = small_batch()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    loss = torch.compile(method.diffusion_loss, fullgraph=True, backend=backend)
     for most in (0.0, 0.5, 0.97):
         model.ratios.data = most * torch.rand(3, 4)
         torch.testing.assert_close(loss(model, **batch), method.diffusion_loss(model, **batch))
@@ -523,36 +554,48 @@ def test_method_the_loss_compiles_once_whatever_the_ratios():
 def test_method_cuda_and_bfloat16_train_and_sample_with_about_the_same_result(device, skips):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs CUDA")
-    model, batch = small_model(skips=skips), small_batch()
+    model = small_model(skips=skips)
+    batch = small_batch()
     expected = method.diffusion_loss(model, **batch, route=skips > 0)  # zero ratios equal dense
-    model, batch = model.to(device), {name: value.to(device) for name, value in batch.items()}
+    model = model.to(device)
+    batch = {name: value.to(device) for name, value in batch.items()}
     layer, x, scale = (z.float().to(device) for z in toy_layer())
     layer.layer.register_forward_hook(lambda module, inputs, update: update.bfloat16())
+
     for amp, tolerance in ((False, 1e-3), (True, 0.1)):
         with torch.autocast(device, torch.bfloat16, enabled=amp):
             losses = method.diffusion_loss(model, **batch)
             images = method.sample(model, batch["words"], batch["eps"], steps=2)
             tokens = layer(x, scale, k=7)
-        assert losses.dtype == images.dtype == tokens.dtype == torch.float32 and not images.requires_grad
+        assert losses.dtype == torch.float32
+        assert images.dtype == torch.float32
+        assert tokens.dtype == torch.float32
+        assert not images.requires_grad
         torch.testing.assert_close(losses.cpu(), expected, rtol=tolerance, atol=tolerance / 10)
 
 
 def test_method_config_refuses_what_does_not_fit_and_what_is_absurd():
-    many, most = tuple(str(i) for i in range(50_001)), 2048
+    many = tuple(str(i) for i in range(50_001))
+    most = 2048
     method.Config(many[1:], most, most, most, most, most, most, "dense", most)
     assert method.Config(WORDS, 128, 1) == method.Config(WORDS, 128, 1, 128, 6, 4, 8, "layer-timestep", 10)  # large
+
     sizes = "image_size", "patch_size", "dim", "depth", "heads", "caption_length", "regions"
     refused = [{name: value} for name in sizes for value in (0, -1, most + 1, 4.0, "4", True, None)]
     refused += [{"patch_size": 5}, {"image_size": 129, "patch_size": 1}, {"dim": 126, "heads": 2}, {"heads": 3}]
-    refused += [{"vocabulary": z} for z in ((), ("a", "a"), many)] + [{"mode": "fast" * 99}, {"dim": "9" * 99}]
+    refused += [{"vocabulary": ()}, {"vocabulary": ("a", "a")}, {"vocabulary": many}]
+    refused += [{"mode": "fast" * 99}, {"dim": "9" * 99}]
     for changes in refused:
         with pytest.raises(method.InputError) as error:
             method.Config(**({"vocabulary": WORDS} | changes))
-        assert isinstance(error.value, ValueError) and "\n" not in str(error.value) and len(str(error.value)) < 130
+        assert isinstance(error.value, ValueError)
+        assert "\n" not in str(error.value)
+        assert len(str(error.value)) < 130
 
 
 def test_method_sampler_reproduces_a_known_distribution():
-    model, mean = small_model("dense"), torch.linspace(-0.3, 0.3, 3).view(1, 3, 1, 1)
+    model = small_model("dense")
+    mean = torch.linspace(-0.3, 0.3, 3).view(1, 3, 1, 1)
 
     def exact(noisy, t, *_, **__):  # the noise in data that are normal, pixel by pixel
         a, s = (z.view(-1, 1, 1, 1) for z in method.schedule(t))
@@ -560,6 +603,7 @@ def test_method_sampler_reproduces_a_known_distribution():
 
     model.forward = exact
     images = method.sample(model, torch.ones(128, 5).long(), torch.randn(128, 3, 12, 12))
+
     assert (images.mean(dim=(0, 2, 3)) - mean.flatten()).abs().max() < 0.01
     assert (images.std(dim=(0, 2, 3)) - 0.15).abs().max() < 0.01
 
@@ -567,13 +611,17 @@ def test_method_sampler_reproduces_a_known_distribution():
 def paper_sampler(predict, noise, known, mask, steps=30, guidance=3.0) -> list[tuple[float, torch.Tensor]]:
     """DPM-Solver++(2M) as in its paper (arXiv 2211.01095, algorithm 2), with guidance; t and guess of every step."""
     t = np.linspace(1, 0, steps + 1)
-    a, s = np.cos(t * math.acos(0.02)), np.sin(t * math.acos(0.02))
-    x, guesses, half_snr = noise.double(), [], np.log(a / np.maximum(s, 1e-300))
+    a = np.cos(t * math.acos(0.02))
+    s = np.sin(t * math.acos(0.02))
+    half_snr = np.log(a / np.maximum(s, 1e-300))
+    x = noise.double()
+    guesses = []
     for i in range(steps):
         conditional, null = predict(x.float(), t[i])
         x0 = (x - s[i] * (null + guidance * (conditional - null))) / a[i]
         guesses.append(mask * x0.clamp(-1, 1) + (1 - mask) * known)
-        h, data = half_snr[i + 1] - half_snr[i], guesses[i]
+        h = half_snr[i + 1] - half_snr[i]
+        data = guesses[i]
         if 0 < i < steps - 1:
             r = (half_snr[i] - half_snr[i - 1]) / h
             data = (1 + 1 / (2 * r)) * guesses[i] - 1 / (2 * r) * guesses[i - 1]
@@ -584,9 +632,15 @@ def paper_sampler(predict, noise, known, mask, steps=30, guidance=3.0) -> list[t
 @pytest.mark.parametrize("options", [{}, {"steps": 8, "guidance": 1.0}, {"steps": 1}, {"steps": 2, "guidance": 0.0}])
 @pytest.mark.parametrize("mode", method.MODES)
 def test_method_sampler_equals_its_paper_and_computes_the_k_tokens_of_each_noise_level(mode, options):
-    model, noise, hooked, sizes = small_model(mode), torch.randn(8, 3, 12, 12), [], []
+    model = small_model(mode)
+    noise = torch.randn(8, 3, 12, 12)
     known, words, mask, *_ = small_batch().values()
-    table = torch.tensor([[0.0, 0.9], [0.5, 0.2], [0.99, 0.0]]) if mode == "uniform" else model.ratios
+    if mode == "uniform":  # has no table of its own that differs between layers
+        given_table = torch.tensor([[0.0, 0.9], [0.5, 0.2], [0.99, 0.0]])
+        table = given_table
+    else:
+        given_table = None
+        table = model.ratios
 
     def predict(x, t):
         k = None if mode == "dense" else k_at(table, t)
@@ -594,29 +648,49 @@ def test_method_sampler_equals_its_paper_and_computes_the_k_tokens_of_each_noise
             yield model(x, torch.full((8,), t).float(), caption, known, mask, k=k).detach()
 
     expected = paper_sampler(predict, noise, known, mask, **options)
+
     kinds = set()  # of k, as layers are given it
     for layer in model.layers:
         layer.register_forward_pre_hook(lambda _, inputs, named: kinds.add(type(named["k"])), with_kwargs=True)
+    sizes = []  # of the batches that the caption encoder and the last layer compute
     for module in (model.caption_encoder, model.layers[2].layer):
         module.register_forward_pre_hook(lambda module, inputs: sizes.append(inputs[0].shape[:2]))
-    given = {"known": known, "mask": mask, "ratios": table if mode == "uniform" else None}
-    result = method.sample(model, words, noise, **options, **given, hook=lambda *z: hooked.append(z))
-    for (t, guess), (expected_t, expected_guess) in zip([*hooked, (0.0, result)], expected, strict=True):
+    guesses = []
+    result = method.sample(
+        model,
+        words,
+        noise,
+        **options,
+        known=known,
+        mask=mask,
+        ratios=given_table,
+        hook=lambda t, guess: guesses.append((t, guess)),
+    )
+
+    for (t, guess), (expected_t, expected_guess) in zip([*guesses, (0.0, result)], expected, strict=True):
         torch.testing.assert_close(guess.double(), expected_guess.double(), rtol=1e-4, atol=1e-4)
         assert t == pytest.approx(expected_t)
     kind = type(None) if mode == "dense" else int
     assert kinds == {kind}, f"k is {kinds}, not {kind}: a Python integer is known before the layer runs"
     images = 8 if options.get("guidance") == 1 else 16  # without guidance the null caption is not computed
-    assert sizes == [(images, 5)] + [(images, 36 if mode == "dense" else k_at(table, t)[2]) for t, _ in expected[:-1]]
+    expected_sizes = [(images, 5)]
+    for t, _ in expected[:-1]:
+        tokens = 36 if mode == "dense" else k_at(table, t)[2]
+        expected_sizes.append((images, tokens))
+    assert sizes == expected_sizes
 
 
 def test_method_inpainting_returns_known_pixels_unchanged_and_never_sees_hidden_ones():
     model = small_model()
     known, words, mask, _, noise = small_batch().values()
-    images, inside = method.sample(model, words, noise, 5, known=known, mask=mask), mask.bool().expand(8, 3, 12, 12)
-    assert torch.equal(images[~inside], known[~inside]) and not torch.equal(images[inside], known[inside])
-    hidden = torch.where(inside, -known, known)
-    assert torch.equal(images, method.sample(model, words, noise, 5, known=hidden, mask=mask))
+    inside = mask.bool().expand(8, 3, 12, 12)
+
+    images = method.sample(model, words, noise, 5, known=known, mask=mask)
+    assert torch.equal(images[~inside], known[~inside])
+    assert not torch.equal(images[inside], known[inside])
+
+    changed_inside = torch.where(inside, -known, known)
+    assert torch.equal(images, method.sample(model, words, noise, 5, known=changed_inside, mask=mask))
 
 
 @pytest.mark.parametrize("interval", [(0.0, 1.0), (0.25, 1.0), (0.0, 0.75), (0.3, 0.6), (0.7, 0.7), (0.8, 0.2)])
@@ -631,20 +705,23 @@ def test_method_guidance_acts_within_its_interval_and_all_other_steps_run_the_co
         tenth = round(10 * t)
         acts = 10 * interval[0] <= tenth <= 10 * interval[1]
         k = None if mode == "dense" else k_at(model.ratios, t)
+        other_words = 0 * words if acts else words
         predictions = []
-        for caption in (words, 0 * words if acts else words):
+        for caption in (words, other_words):
             inputs = x, torch.full((8,), t).float(), model.encode_caption(caption), known, mask
             predictions.append(model(*inputs, k=k).detach())
         expected_batches.append(16 if acts else 8)
         return predictions
 
     expected = paper_sampler(predict, noise, known, mask, steps=10, guidance=4.0)
+
     guesses = []
     batches = []
     model.layers[2].register_forward_pre_hook(lambda module, inputs: batches.append(len(inputs[0])))
     result = method.sample(
         model, words, noise, 10, 4.0, interval, known, mask, hook=lambda t, guess: guesses.append((t, guess))
     )
+
     for (t, guess), (expected_t, expected_guess) in zip([*guesses, (0.0, result)], expected, strict=True):
         assert t == pytest.approx(expected_t)
         torch.testing.assert_close(guess.double(), expected_guess.double(), rtol=1e-4, atol=1e-4)
@@ -657,59 +734,101 @@ def test_method_guidance_everywhere_is_the_default_and_guidance_nowhere_is_the_p
     noise = torch.randn(8, 3, 12, 12)
     encoded = []
     model.caption_encoder.register_forward_pre_hook(lambda module, inputs: encoded.append(len(inputs[0])))
+
     default = method.sample(model, words, noise, 5)
-    assert torch.equal(default, method.sample(model, words, noise, 5, 3.0, guidance_interval=(0.0, 1.0)))
+    everywhere = method.sample(model, words, noise, 5, 3.0, guidance_interval=(0.0, 1.0))
     plain = method.sample(model, words, noise, 5, guidance=1.0)
-    assert torch.equal(plain, method.sample(model, words, noise, 5, 3.0, guidance_interval=(0.0, 0.1)))
-    assert encoded == [16, 16, 8, 8] and not torch.equal(default, plain)
+    nowhere = method.sample(model, words, noise, 5, 3.0, guidance_interval=(0.0, 0.1))
+
+    assert torch.equal(default, everywhere)
+    assert torch.equal(plain, nowhere)
+    assert encoded == [16, 16, 8, 8]
+    assert not torch.equal(default, plain)
 
 
 # --- The data --------------------------------------------------------------------------------------------------------
 
 
+def shape_in(mask: torch.Tensor) -> tuple[str, float, float]:
+    """The shape that a mask (S, S) shows, by its area and its centre of mass; and that centre, x and y, in pixels."""
+    grid = torch.arange(float(len(mask)))
+    rows = mask.sum(dim=1)
+    columns = mask.sum(dim=0)
+    x = float(columns @ grid / mask.sum())
+    y = float(rows @ grid / mask.sum())
+    middle = grid[rows > 0].mean()
+    length = (rows > 0).sum()
+    share = mask.sum() / (rows.max() * columns.max())  # of its bounding box: 0.56 for a cross, 0.79, 1
+    if (y - middle) / length > 0.09:  # a triangle's is 1/6
+        return "triangle", x, y
+    if share < 0.68:
+        return "cross", x, y
+    if share < 0.9:
+        return "circle", x, y
+    return "square", x, y
+
+
 def test_shapes_caption_mask_and_picture_agree():
     images, captions, masks = train_command.Shapes(32).batch(300, torch.Generator().manual_seed(0))
-    assert images.abs().max() <= 1 and masks.min() >= 0 and masks.max() <= 1
-    grid, names, colours = torch.arange(32.0), [*train_command.COLOURS], torch.tensor([*train_command.COLOURS.values()])
+    assert images.abs().max() <= 1
+    assert masks.min() >= 0
+    assert masks.max() <= 1
+
+    names = [*train_command.COLOURS]
+    colours = torch.tensor([*train_command.COLOURS.values()])
     for image, caption, pair in zip((images + 1) / 2, captions, masks):
-        told, centres = caption.split()[1:3] + caption.split()[-2:] * (len(caption.split()) > 3), []
-        assert (pair.sum(dim=(1, 2)) > 10).tolist() == [True, len(told) == 4]
+        words = caption.split()
+        told = [words[1:3]]  # colour and shape of each object
+        if len(words) > 3:
+            told.append(words[-2:])
+        assert (pair.sum(dim=(1, 2)) > 10).tolist() == [True, len(told) == 2]
         assert (pair.sum(dim=0) <= 1 + 1e-6).all()  # objects do not overlap
-        for mask, colour, shape in zip(pair, told[::2], told[1::2]):
+        centres = []
+        for mask, (colour, shape) in zip(pair, told):
             seen = (image[:, mask > 0.99].mean(dim=1) - colours).abs().sum(dim=1).argmin()
-            rows, columns = mask.sum(dim=1), mask.sum(dim=0)
-            centres.append((float(columns @ grid / mask.sum()), float(rows @ grid / mask.sum())))
-            middle, length = grid[rows > 0].mean(), (rows > 0).sum()
-            share = mask.sum() / (rows.max() * columns.max())  # of its bounding box: 0.56 for a cross, 0.79, 1
-            guess = "cross" if share < 0.68 else "circle" if share < 0.9 else "square"
-            guess = "triangle" if (centres[-1][1] - middle) / length > 0.09 else guess  # a triangle's is 1/6
-            assert (names[seen], guess) == (colour, shape)
-        if len(told) == 4:
+            assert names[seen] == colour
+            seen_shape, x, y = shape_in(mask)
+            assert seen_shape == shape
+            centres.append((x, y))
+        if len(told) == 2:
             (x1, y1), (x2, y2) = centres
-            assert {"above": y2 - y1, "below": y1 - y2, "left": x2 - x1, "right": x1 - x2}[caption.split()[3]] > 8
+            distances = {"above": y2 - y1, "below": y1 - y2, "left": x2 - x1, "right": x1 - x2}
+            assert distances[words[3]] > 8
 
 
 def test_held_out_pairs_never_occur_in_training_and_all_others_do():
-    every = {(colour, shape) for colour in train_command.COLOURS for shape in train_command.SHAPES}
-    held_out, rng = set(train_command.HELD_OUT), torch.Generator().manual_seed(0)
-    for kind, expected in (("seen", every - held_out), ("held-out", held_out), ("all", every)):
-        captions = [caption.split() for caption in train_command.Shapes(16, kind).batch(1000, rng)[1]]
-        assert {(words[i], words[i + 1]) for words in captions for i in (1, -2)} == expected
+    all_pairs = {(colour, shape) for colour in train_command.COLOURS for shape in train_command.SHAPES}
+    held_out = set(train_command.HELD_OUT)
+    rng = torch.Generator().manual_seed(0)
+    for kind, expected in (("seen", all_pairs - held_out), ("held-out", held_out), ("all", all_pairs)):
+        _, captions, _ = train_command.Shapes(16, kind).batch(1000, rng)
+        pairs = set()
+        for caption in captions:
+            words = caption.split()
+            pairs.add((words[1], words[2]))
+            pairs.add((words[-2], words[-1]))
+        assert pairs == expected
 
 
 @pytest.mark.parametrize("part", ["train", "test"])
 def test_a_folder_of_pictures_becomes_captions_and_images_half_of_them_mirrored_in_training(tmp_path, part):
-    ramp = np.linspace(0, 100, 30)[None, :, None].repeat(40, 0).repeat(3, 2)
+    ramp = np.linspace(0, 100, 30)[None, :, None].repeat(40, 0).repeat(3, 2)  # dark on the left
     for name, value in (("Sea_Lion/0.png", 0), ("frog/0.png", 150), ("frog/1.jpg", 150)):
-        (tmp_path / part / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray((ramp + value).astype(np.uint8)).save(tmp_path / part / name)
-    flags = ["--dataset", "folder", "--data-dir", str(tmp_path)]
-    data = train_command.load_data(train_command.fill_defaults(train_command.make_parser().parse_args(flags)), part)
+        path = tmp_path / part / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((ramp + value).astype(np.uint8)).save(path)
+
+    data = train_command.load_data(settings_of("--dataset", "folder", "--data-dir", tmp_path), part)
     images, captions, _ = data.batch(64, torch.Generator().manual_seed(0))
-    assert set(captions) == {"a photo of a sea lion", "a photo of a frog"} and images.shape == (64, 3, 32, 32)
+
+    assert set(captions) == {"a photo of a sea lion", "a photo of a frog"}
+    assert images.shape == (64, 3, 32, 32)
     assert [image.mean() > 0 for image in images] == ["frog" in caption for caption in captions]
-    low, high = {"train": (0.3, 0.7), "test": (0, 0)}[part]
-    assert low <= np.mean([bool(image[0, 0, 0] > image[0, 0, -1]) for image in images]) <= high
+    mirrored = np.mean([bool(image[0, 0, 0] > image[0, 0, -1]) for image in images])
+    if part == "train":
+        assert 0.3 <= mirrored <= 0.7
+    else:
+        assert mirrored == 0
 
 
 # --- Training --------------------------------------------------------------------------------------------------------
@@ -748,7 +867,11 @@ class ReferenceRun:
         self.data = train_command.Shapes(16)
         self.model = method.DiT(method.Config(self.data.vocabulary, 16, 4, 16, 2, 2, 8, mode, 3))
         self.averaged = {name: p.detach().clone() for name, p in self.model.named_parameters()}
-        self.mode, self.seed, self.step, self.dense_steps, self.steps = mode, seed, step, dense_steps, steps
+        self.mode = mode
+        self.seed = seed
+        self.step = step
+        self.dense_steps = dense_steps
+        self.steps = steps
         linears = [z for layer in self.model.layers for z in layer.layer.modules() if isinstance(z, torch.nn.Linear)]
         matrices = [linear.weight for linear in linears]
         chosen = {id(p) for p in [*matrices, self.model.ratios]}
@@ -759,7 +882,13 @@ class ReferenceRun:
             torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0.01): 3e-3 * 128 / 16,
             torch.optim.Adam([self.model.ratios], betas=(0.9, 0.99)): 0.05,
         }
-        self.losses, self.regions, self.norms = [], [], []  # since the last line of metrics
+        self.start_line()
+
+    def start_line(self) -> None:
+        """Forget the steps that are in the last line of metrics."""
+        self.losses = []  # of each image
+        self.regions = []  # of each image
+        self.norms = []  # of each step
 
     def batch(self) -> tuple:
         """Pictures, one caption in ten null, one picture in four with a box to fill in, noise levels, and noise."""
@@ -772,17 +901,19 @@ class ReferenceRun:
         share = (torch.arange(20) + torch.rand(20, generator=rng)) / 20
         normal = torch.special.ndtri(share)  # the quantiles of a normal distribution
         t = torch.atan(torch.exp(-0.5 + 1.4 * normal)) / math.acos(0.02)
-        words, mask = torch.zeros(20, 8, dtype=torch.long), torch.ones(20, 1, 16, 16)
+        words = torch.zeros(20, 8, dtype=torch.long)
+        mask = torch.ones(20, 1, 16, 16)
         for i, caption in enumerate(captions):
-            for j, word in enumerate(caption.split()):
-                words[i, j] = 0 if null[i] else 1 + self.data.vocabulary.index(word)
+            if not null[i]:
+                for j, word in enumerate(caption.split()):
+                    words[i, j] = 1 + self.data.vocabulary.index(word)
             for row, column in np.ndindex(16, 16):
                 middle = torch.tensor([row + 0.5, column + 0.5]) / 16
                 inside = (middle >= corner[i]) & (middle < corner[i] + side[i])
                 mask[i, 0, row, column] = float(inside.all() or not boxed[i])
         return images, words, mask, t, torch.randn(20, 3, 16, 16, generator=rng)
 
-    def train(self) -> dict:
+    def train(self) -> list[float]:
         """One step. Gives the learning rates."""
         images, words, mask, t, eps = self.batch()
         routed = self.mode != "dense" and self.step >= self.dense_steps
@@ -790,22 +921,28 @@ class ReferenceRun:
             self.model.ratios.data[:] = 0.3
         losses = method.diffusion_loss(self.model, images, words, mask, t, eps, routed)
         losses = losses / torch.cos(t * math.acos(0.02)) ** 2
-        pull = 2 * (self.model.ratios.mean() - 0.3) ** 2 if routed and self.mode.startswith("layer") else 0
+        total = losses.mean()
+        if routed and self.mode.startswith("layer"):
+            total = total + 2 * (self.model.ratios.mean() - 0.3) ** 2
         self.model.zero_grad()
-        (losses.mean() + pull).backward()
+        total.backward()
+
         gradients = [p.grad for p in self.weights if p.grad is not None]
         norm = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients))
         for gradient in gradients:
             gradient *= min(1, 1 / (norm + 1e-6))
-        warm, cool = (self.step + 1) / min(100, 1 + self.steps / 10), (self.steps - self.step) / (0.4 * self.steps)
+        warm = (self.step + 1) / min(100, 1 + self.steps / 10)
+        cool = (self.steps - self.step) / (0.4 * self.steps)
         for optimizer, peak in self.optimizers.items():
             optimizer.param_groups[0]["lr"] = peak * min(1, warm, cool)
             optimizer.step()
         self.model.ratios.data = self.model.ratios.data.clip(0, 15 / 16)
+
         decay = min(0.9995, self.step / (self.step + 9))
         for name, p in self.model.named_parameters():
             self.averaged[name] = p.detach() + decay * (self.averaged[name] - p.detach())
         self.averaged["ratios"] = self.model.ratios.detach().clone()
+
         self.step += 1
         self.losses += losses.tolist()
         self.regions += [math.ceil(3 * level) - 1 for level in t.tolist()]
@@ -814,12 +951,19 @@ class ReferenceRun:
 
     def line(self) -> dict:
         """The line of metrics of the steps since the last one."""
-        by_region = [[loss for loss, z in zip(self.losses, self.regions) if z == region] for region in range(3)]
-        line = {"step": self.step, "loss": np.mean(self.losses), "gradient_norm": np.mean(self.norms)}
-        line["loss_by_region"] = [np.mean(losses) if losses else None for losses in by_region]
-        line["ratios"] = self.model.ratios.tolist()
-        line["mean_ratio"] = np.mean(line["ratios"])
-        self.losses, self.regions, self.norms = [], [], []
+        loss_by_region = []
+        for region in range(3):
+            losses = [loss for loss, other in zip(self.losses, self.regions) if other == region]
+            loss_by_region.append(np.mean(losses) if losses else None)
+        line = {
+            "step": self.step,
+            "loss": np.mean(self.losses),
+            "gradient_norm": np.mean(self.norms),
+            "loss_by_region": loss_by_region,
+            "ratios": self.model.ratios.tolist(),
+            "mean_ratio": np.mean(self.model.ratios.tolist()),
+        }
+        self.start_line()
         return line
 
 
@@ -841,9 +985,12 @@ def assert_nearly_equal(name: str, value: torch.Tensor, expected: torch.Tensor) 
 def test_a_run_equals_the_reference_step_by_step_across_the_switch_to_routing(mode, step, steps, tmp_path):
     flags = ["--mode", mode, "--seed", 5, "--steps", steps, "--dense-steps", step + 2, "--batch-size", 20]
     runs = steps_of(*flags, "--noise", -0.5, 1.4, "--ratio-lr", 0.05)
-    run, expected = next(runs), ReferenceRun(mode, 5, step, step + 2, steps)
+    run = next(runs)
+    expected = ReferenceRun(mode, 5, step, step + 2, steps)
     for name, value in expected.model.state_dict().items():
-        assert torch.equal(run.model.state_dict()[name], value) and torch.equal(run.ema.state_dict()[name], value)
+        assert torch.equal(run.model.state_dict()[name], value)
+        assert torch.equal(run.ema.state_dict()[name], value)
+
     randomise(expected.model)  # so that gradients are long enough to be clipped
     expected.model.ratios.data = torch.linspace(0, 15 / 16, expected.model.ratios.numel()).view_as(run.model.ratios)
     run.model.load_state_dict(expected.model.state_dict())
@@ -851,6 +998,7 @@ def test_a_run_equals_the_reference_step_by_step_across_the_switch_to_routing(mo
     for count in range(1, 6):
         next(runs)
         rates = expected.train()
+
         groups = run.muon.param_groups + run.adamw.param_groups
         assert [group["lr"] for group in groups] == pytest.approx(rates)
         for name, value in expected.model.named_parameters():
@@ -858,7 +1006,8 @@ def test_a_run_equals_the_reference_step_by_step_across_the_switch_to_routing(mo
             assert_nearly_equal(name, run.ema.get_parameter(name), expected.averaged[name])
         if count in (2, 5):
             train_command.write_metrics(run, tmp_path)
-            line, wanted = run.metrics[-1], expected.line()
+            line = run.metrics[-1]
+            wanted = expected.line()
             assert lines_of(tmp_path)[-1] == line | {"seconds": 0}
             assert line.keys() == wanted.keys() | {"seconds"}
             np.testing.assert_allclose(line.pop("ratios"), wanted.pop("ratios"), atol=6e-5)
@@ -887,23 +1036,32 @@ def test_batches_have_their_shares_of_null_captions_and_boxes_and_no_two_are_ali
     flags = ["--steps", 60, "--batch-size", 64, "--image-size", 32, "--noise", 0, 3]
     asked = spied_steps(monkeypatch, *flags, "--seed", 3)
     neighbours = spied_steps(monkeypatch, *flags, "--seed", 4) + spied_steps(monkeypatch, *flags, "--seed", 2)
-    words, mask, t = (torch.cat([getattr(step, name) for step in asked]) for name in ("words", "mask", "t"))
+    words = torch.cat([step.words for step in asked])
+    mask = torch.cat([step.mask for step in asked])
+    t = torch.cat([step.t for step in asked])
+
     null = words.eq(0).all(dim=1)
     assert abs(null.float().mean() - 0.1) < 0.015  # of 3,840; three deviations
     boxed = mask.eq(0).any(dim=(1, 2, 3))
     assert abs(boxed.float().mean() - 0.25) < 0.02
     assert abs((null & boxed).float().mean() - 0.025) < 0.01  # one does not depend on the other
-    rows, columns = mask[boxed, 0].amax(dim=2), mask[boxed, 0].amax(dim=1)  # (boxes, 32) each
+
+    rows = mask[boxed, 0].amax(dim=2)  # (boxes, 32)
+    columns = mask[boxed, 0].amax(dim=1)  # (boxes, 32)
     assert mask.unique().tolist() == [0, 1]
     assert torch.equal(mask[boxed, 0], rows.unsqueeze(2) * columns.unsqueeze(1))  # a box, where it is 1
     for inside in (rows, columns):
         assert inside.diff(dim=1).clamp(min=0).sum(dim=1).max() <= 1  # in one piece
         side = inside.sum(dim=1)
-        assert 8 <= side.min() < 10 and 30 < side.max() <= 32
+        assert 8 <= side.min() < 10
+        assert 30 < side.max() <= 32
         assert abs(side.mean() / 32 - 7 / 16) < 0.02  # 1/4 + (3/4 - corner) / 2, where the corner is 3/8 in the mean
-        assert inside[:, 0].any() and inside[:, -1].any()
+        assert inside[:, 0].any()
+        assert inside[:, -1].any()
     assert abs(mask[boxed].mean() - (7 / 16) ** 2) < 0.015
-    assert 1e-3 <= t.min() < 0.01 and 0.99 < t.max() <= 1
+
+    assert 1e-3 <= t.min() < 0.01
+    assert 0.99 < t.max() <= 1
     for name in ("images", "eps", "t"):
         seen = [tuple(getattr(step, name).flatten()[:40].tolist()) for step in asked + neighbours]
         assert len(set(seen)) == 3 * 60
@@ -913,27 +1071,36 @@ def test_batches_have_their_shares_of_null_captions_and_boxes_and_no_two_are_ali
 def test_mean_ratio_arrives_at_its_target(target):
     flags = ["--steps", 120, "--dense-steps", 0, "--patch-size", 2]
     for run in steps_of("--target-ratio", target, "--ratio-lr", 0.02, *flags):
-        assert run.step or run.model.ratios.eq(0).all()
+        if run.step == 0:
+            assert run.model.ratios.eq(0).all()
     ratios = run.model.ratios.detach()
-    assert abs(float(ratios.mean()) - target) < 0.02 and ratios.std() > 0.001  # cells went different ways
+    assert abs(float(ratios.mean()) - target) < 0.02
+    assert ratios.std() > 0.001  # cells went different ways
 
 
 def test_dense_steps_come_first_and_leave_routers_alone_and_losses_count_in_v_at_normal_noise_levels(monkeypatch):
-    loss, seen = method.diffusion_loss, []
+    loss = method.diffusion_loss
+    seen = []
 
     def spy(model, images, words, mask, t, noise, route):
-        seen.append((torch.ones(len(t), requires_grad=True), t, route))
-        return seen[-1][0] + loss(model, images, words, mask, t, noise, route)
+        ones = torch.ones(len(t), requires_grad=True)  # takes the gradient of the losses
+        seen.append((ones, t, route))
+        return ones + loss(model, images, words, mask, t, noise, route)
 
     monkeypatch.setattr(train_command, "diffusion_loss", spy)
     flags = ["--mode", "uniform", "--target-ratio", 0.25, "--noise", -0.5, 0.8]
     for run in steps_of("--steps", 4, "--dense-steps", 2, "--batch-size", 100, *flags):
         routers = [p for name, p in run.model.named_parameters() if "router" in name]
-        assert run.model.ratios.eq(0.25 if run.step > 2 else 0).all()
-        assert all(p.ne(0).any() == (run.step > 2) for p in routers)
+        if run.step > 2:
+            assert run.model.ratios.eq(0.25).all()
+            assert all(p.ne(0).any() for p in routers)
+        else:
+            assert run.model.ratios.eq(0).all()
+            assert all(p.eq(0).all() for p in routers)
+
     assert [route for _, _, route in seen] == [False, False, True, True]
-    for losses, t, _ in seen:
-        torch.testing.assert_close(losses.grad, torch.cos(t * math.acos(0.02)) ** -2 / len(t))
+    for ones, t, _ in seen:
+        torch.testing.assert_close(ones.grad, torch.cos(t * math.acos(0.02)) ** -2 / len(t))
         level = torch.tan(t * math.acos(0.02)).log()  # strata: the quantiles are nearly exact
         torch.testing.assert_close(level[[16, 50, 84]], torch.tensor([-1.3, -0.5, 0.3]), rtol=0, atol=0.05)
 
@@ -946,24 +1113,38 @@ def test_muon_has_the_matrices_of_the_layers_adamw_all_else_and_their_rates_rise
         if run.step:  # the n-th: up in 6 steps, down in the last 20
             share = min(1, run.step / 6, (51 - run.step) / 20)
             assert [group["lr"] for group in groups] == pytest.approx([share * peak for peak in (0.01, 0.024, 0.01)])
-    of = {p: name for name, p in run.model.named_parameters()}
-    muon, others, ratios = ([of[p] for p in group["params"]] for group in groups)
-    assert muon == matrices and ratios == ["ratios"] and sorted(muon + others + ratios) == sorted(of.values())
+
+    name_of = {p: name for name, p in run.model.named_parameters()}
+    muon, others, ratios = ([name_of[p] for p in group["params"]] for group in groups)
+    assert muon == matrices
+    assert ratios == ["ratios"]
+    assert sorted(muon + others + ratios) == sorted(name_of.values())
 
 
 def test_init_takes_the_image_layers_and_says_what_it_does_not_take(finished, tmp_path, capsys):
     init = finished / "checkpoint.pt"
     source = sample_command.read_checkpoint(init)[0].state_dict()
+    assert source["ratios"].any()
+
+    def assert_taken(run, kind_of_name):
+        for name, value in run.model.state_dict().items():
+            if kind_of_name(name):
+                assert torch.equal(source[name], value), name
+
     run = next(steps_of("--init", init, "--steps", 1))
-    assert all(torch.equal(source[name], z) for name, z in run.model.state_dict().items()) and source["ratios"].any()
+    assert_taken(run, lambda name: True)
+
     run = next(steps_of("--init", init, "--steps", 1, "--timestep-regions", 4))
-    assert run.model.ratios.eq(0).all() and "ratio" in capsys.readouterr().err
-    assert all(torch.equal(source[name], z) for name, z in run.model.state_dict().items() if name != "ratios")
+    assert run.model.ratios.eq(0).all()
+    assert "ratio" in capsys.readouterr().err
+    assert_taken(run, lambda name: name != "ratios")
+
     (tmp_path / "train" / "frog").mkdir(parents=True)
     Image.new("RGB", (20, 20)).save(tmp_path / "train" / "frog" / "0.png")
     run = next(steps_of("--dataset", "folder", "--data-dir", tmp_path, "--init", init))
-    assert "captions" in capsys.readouterr().err and run.model.config.vocabulary == ("a", "photo", "of", "frog")
-    assert all(torch.equal(source[name], z) for name, z in run.model.state_dict().items() if name.startswith("layers."))
+    assert "captions" in capsys.readouterr().err
+    assert run.model.config.vocabulary == ("a", "photo", "of", "frog")
+    assert_taken(run, lambda name: name.startswith("layers."))
 
 
 # --- The commands ----------------------------------------------------------------------------------------------------
@@ -977,9 +1158,9 @@ def command(script: str, *arguments: object, **options) -> subprocess.CompletedP
 
 def call(module, capsys, *arguments: object) -> tuple[int, str, str]:
     """The same in this process, which saves the start-up time: exit code, standard output, standard error."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        patch.setattr(sys, "argv", [module.__file__, *map(str, arguments)])
-        patch.setattr(signal, "signal", lambda *_: None)
+    with pytest.MonkeyPatch.context() as context, pytest.raises(SystemExit) as stopped:
+        context.setattr(sys, "argv", [module.__file__, *map(str, arguments)])
+        context.setattr(signal, "signal", lambda *_: None)
         sample_command.run_command(module.main)
     captured = capsys.readouterr()
     return stopped.value.code or 0, captured.out, captured.err
@@ -995,21 +1176,27 @@ def finished(tmp_path_factory):
 
 
 def lines_of(folder: Path) -> list[dict]:
-    return [json.loads(line) | {"seconds": 0} for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    """The lines of a run's metrics, without the seconds, which no two runs share."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line | {"seconds": 0} for line in lines]
 
 
 def test_training_leaves_the_promised_files(finished):
-    pictures, lines = {"ratios.png", "samples.png", "routing.png", "curves.png"}, lines_of(finished)
+    pictures = {"ratios.png", "samples.png", "routing.png", "curves.png"}
     assert {path.name for path in finished.iterdir()} == {"checkpoint.pt", "metrics.jsonl", "ratios.json"} | pictures
-    assert [line["step"] for line in lines] == [2, 4, 6, 8] and lines[0]["mean_ratio"] == 0 < lines[-1]["mean_ratio"]
+    for name in pictures:
+        assert min(Image.open(finished / name).size) > 100, name
+
+    lines = lines_of(finished)
+    assert [line["step"] for line in lines] == [2, 4, 6, 8]
+    assert lines[0]["mean_ratio"] == 0
+    assert lines[-1]["mean_ratio"] > 0
     for line in lines:
         found = [loss for loss in line["loss_by_region"] if loss is not None]
         assert min(found) <= line["loss"] <= max(found)
-        assert np.shape(line["ratios"]) == (2, 3) and np.mean(line["ratios"]) == pytest.approx(
-            line["mean_ratio"], abs=1e-4
-        )
+        assert np.shape(line["ratios"]) == (2, 3)
+        assert np.mean(line["ratios"]) == pytest.approx(line["mean_ratio"], abs=1e-4)
     assert json.loads((finished / "ratios.json").read_text())["ratios"] == lines[-1]["ratios"]
-    assert all(min(Image.open(finished / name).size) > 100 for name in pictures)
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3, 6, 7])
@@ -1023,19 +1210,28 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(finished, tmp_path, cu
     train_command.save_checkpoint(run, tmp_path / "checkpoint.pt")
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 99, "loss": 1}\n{"step": 100, "lo')  # written after the save
-    assert call(train_command, capsys, "--out", tmp_path, "--resume")[0] == 0
+
+    code, _, error = call(train_command, capsys, "--out", tmp_path, "--resume")
+
+    assert code == 0, error
     assert lines_of(tmp_path) == lines_of(finished)
-    whole, resumed = (torch.load(folder / "checkpoint.pt", weights_only=True) for folder in (finished, tmp_path))
+    whole = torch.load(finished / "checkpoint.pt", weights_only=True)
+    resumed = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     for key in ("model", "ema"):
-        assert all(torch.equal(value, resumed[key][name]) for name, value in whole[key].items())
+        for name, value in whole[key].items():
+            assert torch.equal(value, resumed[key][name]), f"{key}: {name}"
     for name in ("adamw", "muon"):
-        moments = [[z for state in c[name]["state"].values() for z in state.values()] for c in (whole, resumed)]
-        assert len(moments[0]) == len(moments[1]) > 0 and all(map(torch.equal, *moments))
+        moments = [z for state in whole[name]["state"].values() for z in state.values()]
+        resumed_moments = [z for state in resumed[name]["state"].values() for z in state.values()]
+        assert len(moments) > 0
+        assert len(moments) == len(resumed_moments)
+        assert all(map(torch.equal, moments, resumed_moments)), name
 
 
 def test_a_finished_run_can_be_extended_to_more_steps(finished, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / "run")
-    assert call(train_command, capsys, "--out", tmp_path / "run", "--resume", "--steps", 12)[0] == 0
+    code, _, error = call(train_command, capsys, "--out", tmp_path / "run", "--resume", "--steps", 12)
+    assert code == 0, error
     assert [line["step"] for line in lines_of(tmp_path / "run")] == [2, 4, 6, 8, 10, 12]
 
 
@@ -1046,91 +1242,134 @@ def heed_signals() -> None:
 
 
 def test_killed_and_interrupted_runs_resume_from_a_whole_checkpoint(tmp_path):
-    path, line = tmp_path / "checkpoint.pt", [sys.executable, str(HERE / "train_cifar.py"), *TINY]
+    path = tmp_path / "checkpoint.pt"
+    line = [sys.executable, str(HERE / "train_cifar.py"), *TINY]
     line += ["--out", str(tmp_path), "--steps", "4000", "--save-every", "1"]  # so that a kill often hits a save
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    time_of_last_save = 0
     for number in (signal.SIGKILL, signal.SIGTERM):
-        before = path.stat().st_mtime_ns if path.exists() else 0
-        flags = ["--resume"] if before else []
-        streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+        flags = []
+        if path.exists():
+            time_of_last_save = path.stat().st_mtime_ns
+            flags = ["--resume"]
         process = subprocess.Popen(line + flags, preexec_fn=heed_signals, **streams)
         deadline = time.time() + 60
         while process.poll() is None and time.time() < deadline:
-            if path.exists() and path.stat().st_mtime_ns > before:
+            if path.exists() and path.stat().st_mtime_ns > time_of_last_save:
                 break
             time.sleep(0.01)
         time.sleep(0.1)
+
         process.send_signal(number)
+
         error = process.communicate(timeout=60)[1].splitlines()[-1]
         step = sample_command.read_checkpoint(path, "model")[1]["step"]
         if number != signal.SIGKILL:
-            assert process.returncode == 128 + number and "--resume" in error and f"step {step}," in error
+            assert process.returncode == 128 + number
+            assert "--resume" in error
+            assert f"step {step}," in error
 
 
 def test_a_checkpoint_gives_identical_samples_in_a_new_process(finished, tmp_path):
-    path, prompts = finished / "checkpoint.pt", ["a red circle", "a blue cross above a red square"]
+    path = finished / "checkpoint.pt"
+    prompts = ["a red circle", "a blue cross above a red square"]
     flags = ["--num", 2, "--steps", 4, "--seed", 3, "--guidance", 2, "--device", "cpu", "--out", tmp_path / "s.png"]
     flags += ["--npz", tmp_path / "s.npz", "--png-dir", tmp_path / "png", "--routing-map", "--batch-size", 3]
+
     result = command("sample.py", "--checkpoint", path, "--prompt", prompts[0], "--prompt", prompts[1], *flags)
+
     assert result.returncode == 0, result.stderr
-    array, model = np.load(tmp_path / "s.npz")["arr_0"], sample_command.read_checkpoint(path)[0]
+    array = np.load(tmp_path / "s.npz")["arr_0"]
+    model = sample_command.read_checkpoint(path)[0]
     captions = [prompts[0]] * 2 + [prompts[1]] * 2
-    generate = sample_command.images_from_prompts
-    expected = [generate(model, captions[a:b], 3, a, steps=4, guidance=2.0) for a, b in ((0, 3), (3, 4))]
-    assert array.dtype == np.uint8 and np.array_equal(array, np.concatenate(expected))
+    first = sample_command.images_from_prompts(model, captions[:3], 3, 0, steps=4, guidance=2.0)
+    second = sample_command.images_from_prompts(model, captions[3:], 3, 3, steps=4, guidance=2.0)
+    assert array.dtype == np.uint8
+    assert np.array_equal(array, np.concatenate([first, second]))
     assert len(np.unique(array.reshape(4, -1), axis=0)) == 4
-    assert all(np.array_equal(Image.open(tmp_path / "png" / f"{i:06d}.png"), array[i]) for i in range(4))
-    assert (tmp_path / "s.png").exists() and (tmp_path / "s-routing.png").exists()
-    assert "GFLOPs an image" in result.stdout and "mean ratio" in result.stdout
+    for i in range(4):
+        assert np.array_equal(Image.open(tmp_path / "png" / f"{i:06d}.png"), array[i])
+    assert (tmp_path / "s.png").exists()
+    assert (tmp_path / "s-routing.png").exists()
+    assert "GFLOPs an image" in result.stdout
+    assert "mean ratio" in result.stdout
 
 
 def test_the_routing_that_is_recorded_is_what_was_processed(finished):
-    model, records, given = sample_command.read_checkpoint(finished / "checkpoint.pt")[0], [], []
+    model = sample_command.read_checkpoint(finished / "checkpoint.pt")[0]
+    given = []  # of each routed layer in turn: all its tokens, then those that it processes
     for layer in model.layers:
         torch.nn.init.normal_(layer.router.weight)
         for module in (layer.layer, layer):
             module.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
     model.ratios.data.uniform_(0.1, 0.9)
+    records = []
+
     hooks = sample_command.record_routing(model, records)
     sample_command.images_from_prompts(model, ["a red circle", "a blue cross"], 0, steps=3)
-    assert len(records) == len(hooks) * 3 == 6
-    for (score, order), x, processed in zip(records, given[::2], given[1::2]):  # all tokens come in, these get on
+
+    assert len(hooks) == 2
+    assert len(records) == 6
+    for (score, order), x, processed in zip(records, given[::2], given[1::2]):
         assert torch.equal(x.gather(1, order[..., None].expand_as(processed)), processed)
         assert torch.equal(score.topk(order.shape[1]).indices.sort().values, order.sort().values)
 
 
 def test_tables_change_what_is_skipped_and_dense_skips_nothing(finished, tmp_path, capsys):
     start = ["--checkpoint", finished / "checkpoint.pt", "--steps", 4, "--out", tmp_path / "s.png"]
-    low, high = ["--ratios", tmp_path / "low.json"], ["--ratios", tmp_path / "high.json"]
-    low[1].write_text(json.dumps([[0.25] * 6] * 2)), high[1].write_text(json.dumps({"ratios": [[0.5], [0.75]]}))
-    ratios = {"0.250": low, "0.625": high, "0.531": [*high, "--round-k", 5]}  # k = 8 and 4 become 10 and 5
-    for expected, flags in (ratios | {"": ["--ratios", finished / "ratios.json"], "0.000": ["--dense"]}).items():
+    low = tmp_path / "low.json"
+    high = tmp_path / "high.json"
+    low.write_text(json.dumps([[0.25] * 6] * 2))
+    high.write_text(json.dumps({"ratios": [[0.5], [0.75]]}))
+    flags_of_ratio = {
+        "0.250": ["--ratios", low],
+        "0.625": ["--ratios", high],
+        "0.531": ["--ratios", high, "--round-k", 5],  # k = 8 and 4 become 10 and 5
+        "": ["--ratios", finished / "ratios.json"],
+        "0.000": ["--dense"],
+    }
+    for expected, flags in flags_of_ratio.items():
         code, output, error = call(sample_command, capsys, *start, *flags)
-        assert code == 0 and f"mean ratio {expected}" in output, error
+        assert code == 0, error
+        assert f"mean ratio {expected}" in output, error
         assert ("0.0% fewer than dense" in output) == ("--dense" in flags)
 
 
 def test_inpainting_keeps_the_known_pixels(finished, tmp_path, capsys):
-    picture, mask = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8), np.zeros((16, 16), np.uint8)
+    picture = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    mask = np.zeros((16, 16), np.uint8)
     mask[3:9, 5:12] = 255
-    Image.fromarray(picture).save(tmp_path / "p.png"), Image.fromarray(mask).save(tmp_path / "m.png")
+    Image.fromarray(picture).save(tmp_path / "p.png")
+    Image.fromarray(mask).save(tmp_path / "m.png")
     flags = ["--inpaint", tmp_path / "p.png", "--mask", tmp_path / "m.png", "--steps", 3, "--npz", tmp_path / "s.npz"]
     flags += ["--prompt", "a red circle", "--checkpoint", finished / "checkpoint.pt", "--out", tmp_path / "s.png"]
-    assert call(sample_command, capsys, *flags)[0] == 0
+
+    code, _, error = call(sample_command, capsys, *flags)
+
+    assert code == 0, error
     image = np.load(tmp_path / "s.npz")["arr_0"][0]
-    assert np.array_equal(image[mask == 0], picture[mask == 0]) and (image != picture)[mask > 0].any()
+    assert np.array_equal(image[mask == 0], picture[mask == 0])
+    assert (image != picture)[mask > 0].any()
 
 
 # --- Bad input: one line, exit code 2, nothing lost ------------------------------------------------------------------
 
 
-snapshot = lambda folder: {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """The path and the content of all files in a folder."""
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def assert_refused(result: tuple[int, str, str], *words: str) -> None:
+    """The result of a command is exit code 2 and one line of error with these words in it."""
     code, _, error = result
     line = error[error.rfind("error: ") :].removesuffix("\n")  # what follows a progress bar
-    assert code == 2 and line.startswith("error: ") and line.isprintable() and error.endswith("\n"), error
-    assert all(word in line for word in words), error
+    assert code == 2, error
+    assert line.startswith("error: "), error
+    assert line.isprintable(), error
+    assert error.endswith("\n"), error
+    for word in words:
+        assert word in line, error
 
 
 BAD = """
@@ -1164,40 +1403,75 @@ BAD = """
 """
 
 
+class TouchesAFile:
+    """What creates the file `executed` when it is unpickled."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("executed"),)
+
+
+def write_bad_files() -> None:
+    """In the current folder: all that the cases above name, beside the finished run in `taken`."""
+    picture = Path("broken/train/frog/0.png")
+    picture.parent.mkdir(parents=True)
+    picture.write_bytes(b"\x89PNG\r\n\x1a\n but no more")
+    Image.new("RGB", (20, 20)).save("small.png")
+    Image.new("RGB", (30, 20)).save("wide.png")
+    Path("rows.json").write_text("[[0.1]]")
+    Path("one.json").write_text("[[0.1, 1], [0, 0]]")
+    Path("junk.pt").write_bytes(b"no checkpoint")
+
+    good = torch.load("taken/checkpoint.pt", weights_only=True)
+    without_ratios = {name: value for name, value in good["ema"].items() if name != "ratios"}
+    not_finite = {name: value / 0 for name, value in good["ema"].items()}
+    clears_the_screen = ["\x1b[2J", *good["config"]["vocabulary"][1:]]
+    torch.save(good | {"payload": TouchesAFile()}, "payload.pt")
+    torch.save(good | {"config": good["config"] | {"dim": 2048, "depth": 1000}}, "large.pt")
+    torch.save(good | {"ema": without_ratios}, "missing.pt")
+    torch.save(good | {"ema": not_finite}, "nan.pt")
+    torch.save(good | {"config": good["config"] | {"vocabulary": clears_the_screen}}, "words.pt")
+
+
 @pytest.mark.parametrize("case", BAD.strip().splitlines())
 def test_bad_input_is_refused_in_one_line_and_nothing_is_lost(case, finished, tmp_path, monkeypatch, capsys):
-    (script, *flags), words = (part.split() for part in case.split("|"))
-    monkeypatch.chdir(tmp_path), shutil.copytree(finished, "taken")
-    (tmp_path / "broken" / "train" / "frog").mkdir(parents=True)
-    (tmp_path / "broken" / "train" / "frog" / "0.png").write_bytes(b"\x89PNG\r\n\x1a\n but no more")
-    (tmp_path / "junk.pt").write_bytes(b"no checkpoint")
-    no_network = lambda *_, **__: (_ for _ in ()).throw(OSError("no network"))
+    def no_network(*_, **__):
+        raise OSError("no network")
+
     monkeypatch.setattr(train_command.torchvision.datasets.CIFAR10, "download", no_network)
-    good = torch.load("taken/checkpoint.pt", weights_only=True)
-    payload = type("Payload", (), {"__reduce__": lambda self: (Path.touch, (Path("executed"),))})()  # runs if unpickled
-    changes = {"payload": {"payload": payload}, "large": {"config": good["config"] | {"dim": 2048, "depth": 1000}}}
-    changes["missing"] = {"ema": {name: value for name, value in good["ema"].items() if name != "ratios"}}
-    changes["nan"] = {"ema": {name: value / 0 for name, value in good["ema"].items()}}
-    words_of = ["\x1b[2J", *good["config"]["vocabulary"][1:]]  # the first one would clear the screen
-    changes["words"] = {"config": good["config"] | {"vocabulary": words_of}}
-    [torch.save(good | change, f"{name}.pt") for name, change in changes.items()]
-    for name, table in {"rows": [[0.1]], "one": [[0.1, 1], [0, 0]]}.items():
-        (tmp_path / f"{name}.json").write_text(json.dumps(table))
-    Image.new("RGB", (20, 20)).save("small.png"), Image.new("RGB", (30, 20)).save("wide.png")
-    before, start = snapshot(tmp_path), [] if "--checkpoint" in flags else ["--checkpoint", "taken/checkpoint.pt"]
-    if script == "train":
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished, "taken")
+    write_bad_files()
+    line, words = case.split("|")
+    script, *flags = line.split()
+    if script == "sample":
+        module = sample_command
+        start = [] if "--checkpoint" in flags else ["--checkpoint", "taken/checkpoint.pt"]
+    else:
+        module = train_command
         start = ["--device", "cpu"] if "--resume" in flags or "--init" in flags else TINY
-    assert_refused(call(train_command if script == "train" else sample_command, capsys, *start, *flags), *words)
+    before = snapshot(tmp_path)
+
+    result = call(module, capsys, *start, *flags)
+
+    assert_refused(result, *words.split())
     after = snapshot(tmp_path)
     assert {path: after.get(path) for path in before} == before
-    assert not (tmp_path / "fresh").exists() and not (tmp_path / "executed").exists()
+    assert not (tmp_path / "fresh").exists()
+    assert not (tmp_path / "executed").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_a_checkpoint_is_written(tmp_path, monkeypatch, capsys):
-    loss, factors = method.diffusion_loss, torch.ones(40, 6)
-    factors[3, -1], steps = math.inf, iter(factors)  # at the fourth step, in the noisiest sixth of its images
-    monkeypatch.setattr(train_command, "diffusion_loss", lambda *z, **options: loss(*z, **options) * next(steps))
+    loss = method.diffusion_loss
+    factors = torch.ones(40, 6)
+    factors[3, -1] = math.inf  # at the fourth step, in the noisiest sixth of its images
+    factors_of_steps = iter(factors)
+
+    def multiplied_loss(*arguments, **options):
+        return loss(*arguments, **options) * next(factors_of_steps)
+
+    monkeypatch.setattr(train_command, "diffusion_loss", multiplied_loss)
     result = call(train_command, capsys, *TINY, "--steps", 40, "--log-every", 3, "--noise", 3, 1, "--out", tmp_path)
+
     assert_refused(result, "not finite", "steps 4 to", "regions [3]", "what was saved", "--lr")
     assert sample_command.read_checkpoint(tmp_path / "checkpoint.pt", "model")[1]["step"] == 3
 
@@ -1206,11 +1480,18 @@ def test_a_full_disk_leaves_the_older_files_whole_and_no_half_file(finished, tmp
     """The limit on the size of files fails a write in the middle, as a full disk does, in a real process."""
     resource = pytest.importorskip("resource", reason="limits on file sizes need a Unix system")
     shutil.copytree(finished, tmp_path / "run")
-    before, limit = snapshot(tmp_path), lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
-    result = command("train_cifar.py", "--out", tmp_path / "run", "--resume", "--steps", 9, preexec_fn=limit)
+    before = snapshot(tmp_path)
+
+    def limit_file_sizes():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
+
+    flags = ["--out", tmp_path / "run", "--resume", "--steps", 9]
+    result = command("train_cifar.py", *flags, preexec_fn=limit_file_sizes)
+
     assert_refused((result.returncode, "", result.stderr), "cannot write")
-    after, metrics = snapshot(tmp_path), {str(tmp_path / "run" / "metrics.jsonl"): b""}  # where a line was added
-    assert after | metrics == before | metrics
+    after = snapshot(tmp_path)
+    metrics = str(tmp_path / "run" / "metrics.jsonl")  # where a line was added
+    assert after | {metrics: b""} == before | {metrics: b""}
 
 
 # --- Pictures as people have them ------------------------------------------------------------------------------------

@@ -102,14 +102,14 @@ GATHER = """index = order[:, :k].unsqueeze(2).expand(-1, -1, D)
         gain = gate.gather(1, order[:, :k]).unsqueeze(2) * self.layer(x.gather(1, index), None, *context)
         return x.scatter_add(1, index, gain.to(x.dtype))
         rows ="""
-RANK = "rank = torch.zeros_like(order).scatter(1, order, torch.arange(N, device=x.device).expand(B, N)); ratio ="
+RANK = "rank = torch.zeros_like(order).scatter(1, order, torch.arange(N, device=x.device).expand(B, N))"
 RIGHT = [  # other answers, none of them wrong
     Wrong(1, "floor of the negative", "(t * columns - 1e-4).ceil().long() - 1", "-(1e-4 - t * columns).floor().long() - 1"),
     Wrong(2, "expanded square", "(ratios.mean() - target) ** 2", "ratios.mean() ** 2 - 2 * target * ratios.mean() + target**2"),
     Wrong(3, "rounded from the other side", "(tokens * (1 - ratios.detach())).round()", "(tokens - (tokens * ratios.detach()).round())"),
     Wrong(4, "with torch.where", "(rank < k) + next_best * zero_with_slope", "torch.where(next_best, zero_with_slope, (rank < k).float())"),
     Wrong(5, "gather and scatter", "rows =", GATHER),
-    Wrong(5, "rank by scatter", "rank, ratio = order.argsort(dim=1),", RANK),
+    Wrong(5, "rank by scatter", "rank = order.argsort(dim=1)", RANK),
     Wrong(6, "index_select", "model.ratios[:, column_of(t, model.ratios.shape[1])]", "model.ratios.index_select(1, column_of(t, model.ratios.shape[1]))"),
     Wrong(7, "copy_", "self.ratios.clamp_(0, 1 - 1 / self.config.tokens)", "self.ratios.copy_(self.ratios.clamp(0, 1 - 1 / self.config.tokens))"),
     Wrong(8, "one by one", "tokens_processed(ratios, model.config.tokens).T.tolist()", "[[int(z) for z in row] for row in tokens_processed(ratios, model.config.tokens).T]"),
@@ -188,7 +188,7 @@ def test_list_has_all_parts_and_the_text_for_students_too():
 def test_runner_puts_a_file_in_the_place_of_the_method(tmp_path):
     """Here a script in another folder, which imports the project, and a module."""
     (tmp_path / "mine.py").write_text(SOURCE + "\n\nMARK = 'mine'\n", encoding="utf-8")
-    script = "import sys, train_cifar, neighbour\nprint(train_cifar.method.MARK, sys.argv[1:], __name__, neighbour.MARK)\n"
+    script = "import sys, neighbour, train_cifar\nprint(sys.modules['diffratio_mod'].MARK, sys.argv[1:], __name__, neighbour.MARK)\n"
     (tmp_path / "script.py").write_text(script, encoding="utf-8")
     (tmp_path / "neighbour.py").write_text("from diffratio_mod import MARK\n", encoding="utf-8")
     result = command("lesson/run.py", tmp_path / "mine.py", tmp_path / "script.py", "--flag", "a b")
