@@ -189,7 +189,7 @@ def load_model(folder: Path | None) -> tuple[nn.Module, DDPMScheduler]:
 
 def checkpoints(out: Path) -> list[Path]:
     """The checkpoints of a run, the last one last."""
-    return sorted(out.glob("checkpoint-*"), key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    return sorted(out.glob("checkpoint-[0-9]*"), key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
 def save_checkpoint(accelerator: Accelerator, path: Path) -> None:

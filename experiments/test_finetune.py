@@ -47,6 +47,7 @@ def run(
     def save_states_too(accelerator, path):
         save_checkpoint(accelerator, path)
         model = accelerator.unwrap_model(accelerator._models[0])
+        assert model.is_gradient_checkpointing == ("--gradient-checkpointing" in arguments)
         torch.save(model.state_dict(), path.with_name(f"state-{accelerator.process_index}.pt"))
 
     def item_or_stop(data, n):
