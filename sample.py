@@ -48,7 +48,7 @@ def words_of(caption: str) -> list[str]:
 
 def encode(config: Config, captions: Sequence[str]) -> torch.Tensor:
     """Captions to word ids (B, W). The empty caption, all zeros, is the null caption of classifier-free guidance."""
-    ids = {unicodedata.normalize("NFC", word): i for i, word in enumerate(config.vocabulary, start=1)}
+    ids = {" ".join(words_of(word)): i for i, word in enumerate(config.vocabulary, start=1)}
     rows = []
     for caption in captions:
         words = words_of(caption)
@@ -76,7 +76,7 @@ def images_from_prompts(model: DiT, prompts: Sequence[str], seed: int, first: in
         noise.append(torch.randn(3, size, size, generator=rng))
     for name in ("known", "mask"):
         if name in options:
-            options[name] = options[name].to(device).expand(len(prompts), -1, -1, -1)
+            options[name] = options[name].to(device).expand(len(prompts), -1, -1, -1)  # one for all images
     words = encode(model.config, prompts).to(device)
     return to_uint8(sample(model, words, torch.stack(noise).to(device), **options))
 
@@ -118,11 +118,13 @@ def sampling_flops(
         images = torch.zeros(2, 3, config.image_size, config.image_size)
         t = torch.ones(2)
         caption = model.encode_caption(words)
+
+    # A dry run of the sampler, which notes what it asks of the network; then each kind of call is counted once.
     network = model.forward
-    calls: collections.Counter = collections.Counter()  # of the network, by number of images and k of the layers
+    calls: collections.Counter = collections.Counter()  # by number of images, and by k of the layers (dense: None)
 
     def note_call(noisy: torch.Tensor, *_, k: list | None) -> torch.Tensor:
-        calls[len(noisy), k and tuple(k)] += 1
+        calls[len(noisy), None if k is None else tuple(k)] += 1
         return noisy
 
     model.forward = note_call
@@ -133,16 +135,20 @@ def sampling_flops(
             function(*arguments, **options)
         return counter.get_total_flops()
 
-    most = max(batch for batch, _ in calls)
-    total = count(model.encode_caption, words[:most])  # once for all steps
+    captions = max(batch for batch, _ in calls)  # 2 if guidance acts, 1 else
+    total = count(model.encode_caption, words[:captions])  # once for all steps
     for (batch, k), times in calls.items():
-        z = images[:batch]
-        total += times * count(network, z, t[:batch], caption[:batch], z, z[:, :1], k=k)
+        noisy = known = images[:batch]
+        mask = images[:batch, :1]
+        total += times * count(network, noisy, t[:batch], caption[:batch], known, mask, k=k)
     return total
 
 
 def record_routing(model: DiT, records: list) -> list:
-    """Let layers that sample append their scores (B, N) and processed tokens (B, k) to `records`. Gives the hooks."""
+    """Hook all layers: when one samples, its scores (B, N) and processed tokens (B, k) are appended to `records`.
+
+    Returns the hooks, to be removed.
+    """
 
     def record(layer: RoutedLayer, inputs: tuple, options: dict, _: torch.Tensor) -> None:
         score, order = layer.score_and_sort(inputs[0])
@@ -220,7 +226,7 @@ def draw_ratios(ratios: torch.Tensor, title: str) -> Image.Image:
 
 
 def draw_routing(model: DiT, prompts: Sequence[str], seed: int, **options) -> Image.Image:
-    """Sample, and show for six steps which tokens each layer processed; the first row is the guess of the image."""
+    """Sample, and show for up to six steps which tokens each layer processed; the first row is the guessed image."""
     patch = model.config.patch_size
     side = model.config.image_size // patch
     layers_so_far: list = []  # of the current step, filled by the hooks of the layers
@@ -296,13 +302,16 @@ def check_output(path: Path) -> None:
 
 
 def read_checkpoint(path: Path, weights: str = "ema") -> tuple[DiT, dict]:
-    """The model with the weights "ema" or "model" of a checkpoint, on the CPU, and all of it. Runs nothing of it."""
+    """The model, on the CPU, with the weights "ema" or "model" of a checkpoint, and the checkpoint's whole dictionary.
+
+    Runs no code that a file may hold. Raises InputError if it is damaged, or no checkpoint.
+    """
     with input_errors(f"cannot use {path} as a checkpoint"):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         config = Config(**checkpoint["config"])
         values = checkpoint[weights]
         with torch.device("meta"):  # shapes without memory: weights that do not fit are refused before any is taken
-            DiT(config).load_state_dict(dict(values), assign=True)  # a copy: assign leaves its mark in the metadata
+            DiT(config).load_state_dict(dict(values), assign=True)  # a copy: assign marks its metadata
         model = DiT(config).eval()
         model.load_state_dict(values)
         if not all(value.isfinite().all() for value in values.values()):
@@ -328,7 +337,7 @@ def read_picture(path: Path, size: int) -> np.ndarray:
     Raises InputError, which names the file, if it cannot be read.
     """
     with input_errors(f"cannot read the picture {path}; mend it, or take it away"), Image.open(path) as image:
-        image.draft("RGB", (2 * size, 2 * size))  # a JPEG is decoded at an eighth of its size, if that is enough
+        image.draft("RGB", (2 * size, 2 * size))  # a JPEG is decoded at down to an eighth of its size
         return to_square(ImageOps.exif_transpose(image), size)
 
 
@@ -353,18 +362,18 @@ def read_inpainting(picture: Path, mask: Path, size: int) -> dict[str, torch.Ten
     """The known pixels (3, S, S) in [-1, 1] and the mask (1, S, S), 1 = generate: what is white in its file."""
     pixels = torch.from_numpy(read_picture(picture, size))  # (S, S, 3)
     brightness = torch.from_numpy(read_picture(mask, size)).float().mean(dim=2)  # (S, S)
-    shapes = []
+    sizes = []
     for path in (picture, mask):
         with Image.open(path) as image:
-            shapes.append(ImageOps.exif_transpose(image).size)
-    if shapes[0] != shapes[1]:
-        raise InputError(f"--inpaint {picture} and --mask {mask} must be of the same size, not {shapes}")
+            sizes.append(ImageOps.exif_transpose(image).size)
+    if sizes[0] != sizes[1]:
+        raise InputError(f"--inpaint {picture} and --mask {mask} must be of the same size, not {sizes}")
     generated = brightness >= 128
     if not generated.any():
         brightest = f"its brightest is {brightness.max():.0f} of 255"
-        raise InputError(f"no pixel of --mask {mask} is white ({brightest}); paint white what is to be generated")
+        raise InputError(f"no pixel in the square of --mask {mask} is white ({brightest}); paint it where to generate")
     if generated.all():
-        raise InputError(f"all of --mask {mask} is white, so nothing of --inpaint is kept; paint black what is to stay")
+        raise InputError(f"all of --mask {mask} is white, nothing of --inpaint would stay; paint black what is to stay")
     return {"known": pixels.permute(2, 0, 1) / 127.5 - 1, "mask": generated[None].float()}
 
 
@@ -432,12 +441,12 @@ def make_parser() -> Parser:
 
 
 def table_of(args: argparse.Namespace, model: DiT) -> torch.Tensor:
-    """The ratio table (L, C) that the flags ask for, each ratio such that k comes out as a multiple of --round-k."""
+    """The ratio table (L, C) that the flags ask for; with --round-k, such that each k is a multiple, 1, or all."""
     tokens = model.config.tokens
+    if args.dense:
+        return torch.zeros(model.config.depth, 1)
     if args.ratios:
         ratios = read_ratios(args.ratios, model.config.depth)
-    elif args.dense:
-        ratios = torch.zeros(model.config.depth, 1)
     else:
         ratios = model.ratios.detach().cpu()
     k = (tokens_processed(ratios, tokens) / args.round_k).round() * args.round_k
@@ -449,6 +458,8 @@ def check_outputs(args: argparse.Namespace, count: int) -> None:
     check_output(args.out)
     if args.routing_map:
         check_output(routing_map_of(args.out))
+    if args.npz == args.out:
+        raise InputError(f"--npz and --out are both {args.out}; give two names")
     if args.npz:
         check_output(args.npz)
     if args.png_dir:
@@ -470,6 +481,8 @@ def main() -> None:
     args = make_parser().parse_args()
     if (args.inpaint is None) != (args.mask is None):
         raise InputError("--inpaint and --mask go together")
+    if args.guidance_interval[0] > args.guidance_interval[1]:
+        raise InputError("the first level of --guidance-interval must not be above the second")
     if args.dense and args.ratios:
         raise InputError("--dense and --ratios do not go together")
     device = pick_device(args.device)
@@ -487,13 +500,15 @@ def main() -> None:
     }
     if args.inpaint:
         options.update(read_inpainting(args.inpaint, args.mask, config.image_size))
-    prompts = args.prompt or checkpoint["prompts"]
+    prompts = args.prompt or checkpoint.get("prompts")
+    if not prompts:
+        raise InputError(f"{args.checkpoint} keeps no prompts; give a --prompt")
     captions = [prompt for prompt in prompts for _ in range(args.num)]
     encode(config, captions)  # which refuses unknown words
     check_outputs(args, len(captions))
 
     with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-        warm_up = dict(options, steps=1)
+        warm_up = dict(options, steps=1)  # what is done but once should not count
         images_from_prompts(model, captions[: args.batch_size], args.seed, **warm_up)
         start = time.perf_counter()
         batches = []
@@ -503,7 +518,7 @@ def main() -> None:
         seconds = time.perf_counter() - start
         images = np.concatenate(batches)
 
-        # The arrays first, the drawings after.
+        # The arrays first, the drawings after: what fails there loses nothing.
         if args.npz:
             with replace_file(args.npz) as file:
                 np.savez(file, arr_0=images)
