@@ -21,7 +21,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 from check import check
-from parts import HANDED_OUT, ORIGINAL, PARTS, WRONG, blank, wrong_source
+from parts import HANDED_OUT, ORIGINAL, PARTS, WRONG, blank, with_answer
 
 from diffratio_mod import InputError
 from sample import Parser, number, replace_file, run_command
@@ -57,8 +57,8 @@ def write_wrong(part: int) -> None:
     """Write wrong answers to a part, each in a file that is else the original, and say what is wrong with each."""
     answers = [answer for answer in WRONG if answer.part == part][:HANDED_OUT]
     for i, answer in enumerate(answers, 1):
-        write_new(Path(f"wrong_{part}_{i}.py"), wrong_source(answer))
-        print(f"    {answer.mistake}")
+        write_new(Path(f"wrong_{part}_{i}.py"), with_answer(answer))
+        print(f"    {answer.what}")
 
 
 def print_check(path: Path, numbers: list[int], json_path: Path | None) -> int:
@@ -87,7 +87,9 @@ def main() -> int:
     does.add_argument("--list", action="store_true", help="print the parts in their order, with the tests of each")
     keep = {"type": part, "nargs": "+", "default": [], "metavar": "PART"}
     parser.add_argument("--keep", **keep, help=f"with --out: parts whose answers are left in, 1 to {len(PARTS)}")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="with --check: also write what came out, for an autograder")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="with --check: also write what came out, for an autograder"
+    )
     args = parser.parse_args()
     if (args.keep and not args.out) or (args.json and not args.check):
         raise InputError("--keep goes with --out, --json with --check")

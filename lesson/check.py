@@ -6,8 +6,8 @@ and whatever else a student has added stay, and any right answer passes.
 """
 
 from __future__ import annotations
-
 import __future__
+
 import ast
 import contextlib
 import io

@@ -5,7 +5,7 @@
 
 The page needs no network and no library: open it in a browser. Each prompt is sampled with five tables from the same
 noise; for every step it has what entered, the guess of the image, which tokens each layer processed, the scores of the
-routers and the cost. Only the records are written: what the page looks like and what it says is taken from explorer.html.
+routers and the cost. Only the records are written: what the page looks like and what it says stays as in explorer.html.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ LARGEST = 3_000_000  # bytes of the page
 SHAPES = ["a red circle", "a red circle above a blue square", "a cyan cross right of a red circle", "a purple circle"]
 SHAPES += ["a green square left of a yellow triangle", "a blue cross below a purple circle"]  # some pairs are held out
 
-# --- One sampling run, recorded ----------------------------------------------------------------------------------------
+# --- One sampling run, recorded --------------------------------------------------------------------------------------
 
 
 class DrawnLayer(RoutedLayer):
@@ -69,7 +69,9 @@ def record(model: DiT, prompts: list[str], table: Tensor, chance: bool, seed: in
     for layer in model.layers if chance else []:
         layer.__class__ = DrawnLayer
         hooks.append(layer.register_forward_pre_hook(draw))
-    tools.images_from_prompts(model, prompts, seed, ratios=table, hook=lambda _, x0: guess.append(tools.to_uint8(x0)), **options)
+    tools.images_from_prompts(
+        model, prompts, seed, ratios=table, hook=lambda _, x0: guess.append(tools.to_uint8(x0)), **options
+    )
     for hook in hooks:
         hook.remove()
     for layer in model.layers:
@@ -93,7 +95,7 @@ def costs(config: Config, table: Tensor, columns: list[int], guidance: float) ->
     return caption, [flops(config, ratios[c], 1, guidance) - caption for c in columns]
 
 
-# --- Packing -----------------------------------------------------------------------------------------------------------
+# --- Packing ---------------------------------------------------------------------------------------------------------
 
 
 def text_of(content: bytes) -> str:

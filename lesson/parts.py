@@ -1,4 +1,4 @@
-"""The eight parts of the lesson: where each stands in diffratio_mod.py, which tests it turns green, and wrong answers to it.
+"""The eight parts of the lesson: where each stands in diffratio_mod.py, its tests, and wrong answers to it.
 
 No command; blank.py takes the parts out, check.py grades them. Where a part stands is found in the syntax tree, by what
 it is ("the branch `if ratio is not None` of RoutedLayer.forward"), so diffratio_mod.py needs no marks, and its lines
@@ -160,19 +160,20 @@ PARTS = [
 ]
 
 
-# --- Wrong answers: each is what a student could write, and the tests of its part see through it ----------------------
+# --- Wrong answers: each is what a student could write, and the tests of its part see through it ---------------------
 
 
 @dataclass(frozen=True)
-class Wrong:
+class Answer:
     part: int
-    mistake: str
-    right: str  # the piece of the original answer that it changes, which stands once in diffratio_mod.py
-    wrong: str  # what stands there instead
+    what: str  # in a few words what is other, and in WRONG what is wrong
+    original: str  # the piece of the original answer that it changes, which stands once in diffratio_mod.py
+    other: str  # what stands there instead
 
 
 HANDED_OUT = 2  # of each part, the first ones: those that look most like a right answer
 WRONG = [
+<<<<<<< HEAD
     Wrong(1, "an edge in the noisier column", "(t * columns - 1e-4).ceil().long() - 1", "(t * columns).long()"),
     Wrong(1, "column 0 is the noisiest", "(t * columns - 1e-4)", "((1 - t) * columns + 1e-4)"),
     Wrong(1, "rounding decides at an edge", "t * columns - 1e-4", "t * columns"),
@@ -196,39 +197,66 @@ WRONG = [
     Wrong(5, "worst for best", "descending=True", "descending=False"),
     Wrong(5, "equal scores in any order", "descending=True, stable=True", "descending=True"),
     Wrong(
+=======
+    Answer(1, "an edge in the noisier column", "(t * columns - 1e-4).ceil().long() - 1", "(t * columns).long()"),
+    Answer(1, "column 0 is the noisiest", "(t * columns - 1e-4)", "((1 - t) * columns + 1e-4)"),
+    Answer(1, "rounding decides at an edge", "t * columns - 1e-4", "t * columns"),
+    Answer(2, "each ratio pulled, not the mean", "(ratios.mean() - target) ** 2", "((ratios - target) ** 2).mean()"),
+    Answer(2, "not squared", "(ratios.mean() - target) ** 2", "(ratios.mean() - target).abs()"),
+    Answer(2, "the sum for the mean", "(ratios.mean() - target) ** 2", "(ratios.sum() - target) ** 2"),
+    Answer(3, "the share processed for the share skipped", "(1 - ratios.detach())", "ratios.detach()"),
+    Answer(3, "cut off for rounded", "(1 - ratios.detach())).round()", "(1 - ratios.detach()))"),
+    Answer(3, "at least none for at least one", ".long().clamp(1, tokens)", ".long().clamp(0, tokens)"),
+    Answer(4, "the last of the k best for the next", "(rank >= k) & (rank < k + e)", "(rank >= k - e) & (rank < k)"),
+    Answer(4, "the sign", "(ratio.detach() - ratio)", "(ratio - ratio.detach())"),
+    Answer(4, "all that bypass for the next e", "(rank >= k) & (rank < k + e)", "rank >= k"),
+    Answer(4, "not shared among the next e", "N / (2 * e.clamp(min=1))", "N / 2"),
+    Answer(4, "not halved", "(2 * e.clamp(min=1))", "e.clamp(min=1)"),
+    Answer(4, "0 / 0 where none bypasses", "e.clamp(min=1)", "e"),
+    Answer(5, "training: all attended to", "self.layer(x, rank < k_best, *context)", "self.layer(x, None, *context)"),
+    Answer(5, "training: the order for the rank", "rank, ratio = order.argsort(dim=1)", "rank, ratio = order"),
+    Answer(5, "softmax for sigmoid", "torch.sigmoid(self.router(x))", "self.router(x).softmax(1)"),
+    Answer(5, "worst for best", "descending=True", "descending=False"),
+    Answer(5, "equal scores in any order", "descending=True, stable=True", "descending=True"),
+    Answer(
+>>>>>>> w26
         5,
         "sampling: the first image's best for all",
         "torch.arange(B, device=x.device)",
         "torch.zeros_like(order[:, 0])",
     ),
-    Wrong(5, "sampling: gates not sorted as tokens", "gate.flatten().index_select(0, rows)", "gate[:, :k].reshape(B, k)"),
-    Wrong(5, "sampling: no gate", "gain = gate * self.layer", "gain = self.layer"),
-    Wrong(5, "sampling: the update for the sum", "index_add(0, rows", "index_copy(0, rows"),
-    Wrong(5, "sampling: the gate learns nothing", "gate.flatten().index", "gate.detach().flatten().index"),
-    Wrong(5, "training: the choice without the score", "gate = gate * ratio_gate", "gate = ratio_gate"),
-    Wrong(5, "training: the choice without its slope", "ratio_gate(rank, k_best, ratio)", "(rank < k_best)"),
-    Wrong(6, "one noise level for the whole batch", "column_of(t, model", "column_of(t.mean().expand(len(t)), model"),
-    Wrong(6, "no way back to the table", "model.ratios[:, column_of(t,", "model.ratios.detach()[:, column_of(t,"),
-    Wrong(6, "clean for noisy", "column_of(t, model", "column_of(1 - t, model"),
-    Wrong(7, "the last token can go", "clamp_(0, 1 - 1 / self.config.tokens)", "clamp_(0, 1)"),
-    Wrong(7, "a copy is clamped", "self.ratios.clamp_(0, ", "self.ratios.clamp(0, "),
-    Wrong(8, "the level that a step goes to", "column_of(levels[:-1], ratios.shape", "column_of(levels[1:], ratios.shape"),
-    Wrong(
+    Answer(
+        5, "sampling: gates not sorted as tokens", "gate.flatten().index_select(0, rows)", "gate[:, :k].reshape(B, k)"
+    ),
+    Answer(5, "sampling: no gate", "gain = gate * self.layer", "gain = self.layer"),
+    Answer(5, "sampling: the update for the sum", "index_add(0, rows", "index_copy(0, rows"),
+    Answer(5, "sampling: the gate learns nothing", "gate.flatten().index", "gate.detach().flatten().index"),
+    Answer(5, "training: the choice without the score", "gate = gate * ratio_gate", "gate = ratio_gate"),
+    Answer(5, "training: the choice without its slope", "ratio_gate(rank, k_best, ratio)", "(rank < k_best)"),
+    Answer(6, "one noise level for the whole batch", "column_of(t, model", "column_of(t.mean().expand(len(t)), model"),
+    Answer(6, "no way back to the table", "model.ratios[:, column_of(t,", "model.ratios.detach()[:, column_of(t,"),
+    Answer(6, "clean for noisy", "column_of(t, model", "column_of(1 - t, model"),
+    Answer(7, "the last token can go", "clamp_(0, 1 - 1 / self.config.tokens)", "clamp_(0, 1)"),
+    Answer(7, "a copy is clamped", "self.ratios.clamp_(0, ", "self.ratios.clamp(0, "),
+    Answer(
+        8, "the level that a step goes to", "column_of(levels[:-1], ratios.shape", "column_of(levels[1:], ratios.shape"
+    ),
+    Answer(
         8,
         "the mean of a layer's row",
         "k = tokens_processed(ratios,",
         "k = tokens_processed(0 * ratios + ratios.mean(1, True),",
     ),
-    Wrong(8, "the step for the noise level", "column_of(levels[:-1], ratios", "column_of(levels[:-1].flip(0), ratios"),
+    Answer(8, "the step for the noise level", "column_of(levels[:-1], ratios", "column_of(levels[:-1].flip(0), ratios"),
 ]
 
 
-def wrong_source(answer: Wrong) -> str:
-    """The whole original with one wrong answer in it."""
+def with_answer(answer: Answer) -> str:
+    """The whole original with this answer in it."""
     source = ORIGINAL.read_text(encoding="utf-8")
-    if source.count(answer.right) != 1:
-        raise LookupError(f"part {answer.part}, {answer.mistake!r}: {answer.right!r} does not stand there once")
-    return source.replace(answer.right, answer.wrong)
+    if source.count(answer.original) != 1:
+        raise LookupError(f"part {answer.part}, {answer.what!r}: {answer.original!r} does not stand there once")
+    return source.replace(answer.original, answer.other)
 
 
 # --- Taking them out -------------------------------------------------------------------------------------------------

@@ -32,7 +32,9 @@ def load(path: Path, name: str = "diffratio_mod") -> types.ModuleType:
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise InputError(f"{path} is not UTF-8 text; blank.py --out writes such a file, `>` in PowerShell does not") from None
+        raise InputError(
+            f"{path} is not UTF-8 text; blank.py --out writes such a file, `>` in PowerShell does not"
+        ) from None
     except SyntaxError as error:
         raise InputError(f"{path}, line {error.lineno}: {error.msg}: Python cannot read it") from None
     except ValueError as error:  # zero bytes

@@ -81,7 +81,7 @@ def small(tmp_path_factory):
     return model, records_of((folder / "page.html").read_text(encoding="utf-8")), folder
 
 
-# --- The records ---------------------------------------------------------------------------------------------------------
+# --- The records -----------------------------------------------------------------------------------------------------
 
 
 def test_records_are_what_a_sampling_run_does(small):
@@ -195,7 +195,7 @@ def test_a_page_elsewhere_has_the_same_frame_and_finds_the_readme(small):
     assert (folder / data["readme"]).resolve() == ROOT / "README.md"
 
 
-# --- The page in a browser -------------------------------------------------------------------------------------------------
+# --- The page in a browser -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -298,7 +298,9 @@ def test_a_walk_through_the_page(chromium, width):
         images.add(picture(chromium, "#seen1"))
     assert len(images) == 5
     choose(chromium, "prompt", "1 0")
-    assert text(chromium, "#kind").startswith("\u201ca photo of an airplane\u201d") and "airplane" in text(chromium, "#prompt")
+    assert text(chromium, "#kind").startswith("\u201ca photo of an airplane\u201d") and "airplane" in text(
+        chromium, "#prompt"
+    )
 
     for number, names in (("1", "learned,dense"), ("2", "learned,reversed"), ("3", "random tokens,uniform")):
         details = chromium.find_element("id", f"q{number}")
