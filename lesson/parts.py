@@ -173,31 +173,6 @@ class Answer:
 
 HANDED_OUT = 2  # of each part, the first ones: those that look most like a right answer
 WRONG = [
-<<<<<<< HEAD
-    Wrong(1, "an edge in the noisier column", "(t * columns - 1e-4).ceil().long() - 1", "(t * columns).long()"),
-    Wrong(1, "column 0 is the noisiest", "(t * columns - 1e-4)", "((1 - t) * columns + 1e-4)"),
-    Wrong(1, "rounding decides at an edge", "t * columns - 1e-4", "t * columns"),
-    Wrong(
-        2, "each ratio pulled, not the mean", "(ratios.mean() - target) ** 2", "((ratios - target) ** 2).mean()"
-    ),
-    Wrong(2, "not squared", "(ratios.mean() - target) ** 2", "(ratios.mean() - target).abs()"),
-    Wrong(2, "the sum for the mean", "(ratios.mean() - target) ** 2", "(ratios.sum() - target) ** 2"),
-    Wrong(3, "the share processed for the share skipped", "(1 - ratios.detach())", "ratios.detach()"),
-    Wrong(3, "cut off for rounded", "(1 - ratios.detach())).round()", "(1 - ratios.detach()))"),
-    Wrong(3, "at least none for at least one", ".long().clamp(1, tokens)", ".long().clamp(0, tokens)"),
-    Wrong(4, "the last of the k best for the next", "(rank >= k) & (rank < k + e)", "(rank >= k - e) & (rank < k)"),
-    Wrong(4, "the sign", "(ratio.detach() - ratio)", "(ratio - ratio.detach())"),
-    Wrong(4, "all that bypass for the next e", "(rank >= k) & (rank < k + e)", "rank >= k"),
-    Wrong(4, "not shared among the next e", "N / (2 * e.clamp(min=1))", "N / 2"),
-    Wrong(4, "not halved", "(2 * e.clamp(min=1))", "e.clamp(min=1)"),
-    Wrong(4, "0 / 0 where none bypasses", "e.clamp(min=1)", "e"),
-    Wrong(5, "training: all attended to", "self.layer(x, rank < k_best, *context)", "self.layer(x, None, *context)"),
-    Wrong(5, "training: the order for the rank", "rank = order.argsort(dim=1)", "rank = order"),
-    Wrong(5, "softmax for sigmoid", "torch.sigmoid(self.router(x))", "self.router(x).softmax(1)"),
-    Wrong(5, "worst for best", "descending=True", "descending=False"),
-    Wrong(5, "equal scores in any order", "descending=True, stable=True", "descending=True"),
-    Wrong(
-=======
     Answer(1, "an edge in the noisier column", "(t * columns - 1e-4).ceil().long() - 1", "(t * columns).long()"),
     Answer(1, "column 0 is the noisiest", "(t * columns - 1e-4)", "((1 - t) * columns + 1e-4)"),
     Answer(1, "rounding decides at an edge", "t * columns - 1e-4", "t * columns"),
@@ -214,12 +189,11 @@ WRONG = [
     Answer(4, "not halved", "(2 * e.clamp(min=1))", "e.clamp(min=1)"),
     Answer(4, "0 / 0 where none bypasses", "e.clamp(min=1)", "e"),
     Answer(5, "training: all attended to", "self.layer(x, rank < k_best, *context)", "self.layer(x, None, *context)"),
-    Answer(5, "training: the order for the rank", "rank, ratio = order.argsort(dim=1)", "rank, ratio = order"),
+    Answer(5, "training: the order for the rank", "rank = order.argsort(dim=1)", "rank = order"),
     Answer(5, "softmax for sigmoid", "torch.sigmoid(self.router(x))", "self.router(x).softmax(1)"),
     Answer(5, "worst for best", "descending=True", "descending=False"),
     Answer(5, "equal scores in any order", "descending=True, stable=True", "descending=True"),
     Answer(
->>>>>>> w26
         5,
         "sampling: the first image's best for all",
         "torch.arange(B, device=x.device)",

@@ -104,18 +104,6 @@ GATHER = """index = order[:, :k].unsqueeze(2).expand(-1, -1, D)
         rows ="""
 RANK = "rank = torch.zeros_like(order).scatter(1, order, torch.arange(N, device=x.device).expand(B, N))"
 RIGHT = [  # other answers, none of them wrong
-<<<<<<< HEAD
-    Wrong(1, "floor of the negative", "(t * columns - 1e-4).ceil().long() - 1", "-(1e-4 - t * columns).floor().long() - 1"),
-    Wrong(2, "expanded square", "(ratios.mean() - target) ** 2", "ratios.mean() ** 2 - 2 * target * ratios.mean() + target**2"),
-    Wrong(3, "rounded from the other side", "(tokens * (1 - ratios.detach())).round()", "(tokens - (tokens * ratios.detach()).round())"),
-    Wrong(4, "with torch.where", "(rank < k) + next_best * zero_with_slope", "torch.where(next_best, zero_with_slope, (rank < k).float())"),
-    Wrong(5, "gather and scatter", "rows =", GATHER),
-    Wrong(5, "rank by scatter", "rank = order.argsort(dim=1)", RANK),
-    Wrong(6, "index_select", "model.ratios[:, column_of(t, model.ratios.shape[1])]", "model.ratios.index_select(1, column_of(t, model.ratios.shape[1]))"),
-    Wrong(7, "copy_", "self.ratios.clamp_(0, 1 - 1 / self.config.tokens)", "self.ratios.copy_(self.ratios.clamp(0, 1 - 1 / self.config.tokens))"),
-    Wrong(8, "one by one", "tokens_processed(ratios, model.config.tokens).T.tolist()", "[[int(z) for z in row] for row in tokens_processed(ratios, model.config.tokens).T]"),
-]  # fmt: skip
-=======
     Answer(
         1, "floor of the negative", "(t * columns - 1e-4).ceil().long() - 1", "-(1e-4 - t * columns).floor().long() - 1"
     ),
@@ -138,7 +126,7 @@ RIGHT = [  # other answers, none of them wrong
         "torch.where(next_best, zero_with_slope, (rank < k).float())",
     ),
     Answer(5, "gather and scatter", "rows =", GATHER),
-    Answer(5, "rank by scatter", "rank, ratio = order.argsort(dim=1),", RANK),
+    Answer(5, "rank by scatter", "rank = order.argsort(dim=1)", RANK),
     Answer(
         6,
         "index_select",
@@ -158,7 +146,6 @@ RIGHT = [  # other answers, none of them wrong
         "[[int(z) for z in row] for row in tokens_processed(ratios, model.config.tokens).T]",
     ),
 ]
->>>>>>> w26
 
 
 def test_other_right_answers_pass(tmp_path):
@@ -236,13 +223,10 @@ def test_list_has_all_parts_and_the_text_for_students_too():
 def test_runner_puts_a_file_in_the_place_of_the_method(tmp_path):
     """Here a script in another folder, which imports the project, and a module."""
     (tmp_path / "mine.py").write_text(SOURCE + "\n\nMARK = 'mine'\n", encoding="utf-8")
-<<<<<<< HEAD
-    script = "import sys, neighbour, train_cifar\nprint(sys.modules['diffratio_mod'].MARK, sys.argv[1:], __name__, neighbour.MARK)\n"
-=======
     script = (
-        "import sys, train_cifar, neighbour\nprint(train_cifar.method.MARK, sys.argv[1:], __name__, neighbour.MARK)\n"
+        "import sys, neighbour, train_cifar\n"
+        "print(sys.modules['diffratio_mod'].MARK, sys.argv[1:], __name__, neighbour.MARK)\n"
     )
->>>>>>> w26
     (tmp_path / "script.py").write_text(script, encoding="utf-8")
     (tmp_path / "neighbour.py").write_text("from diffratio_mod import MARK\n", encoding="utf-8")
     result = command("lesson/run.py", tmp_path / "mine.py", tmp_path / "script.py", "--flag", "a b")
