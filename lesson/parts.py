@@ -189,6 +189,14 @@ WRONG = [
     Answer(4, "not halved", "(2 * e.clamp(min=1))", "e.clamp(min=1)"),
     Answer(4, "0 / 0 where none bypasses", "e.clamp(min=1)", "e"),
     Answer(5, "training: all attended to", "self.layer(x, rank < k_best, *context)", "self.layer(x, None, *context)"),
+    Answer(
+        5,
+        "sampling: all tokens by mask",
+        "if k == N:",
+        "if k < N:\n            best = order.argsort(dim=1) < k\n"
+        "            return x + (gate * best).unsqueeze(2) * self.layer(x, best, *context)\n        if k == N:",
+    ),
+    Answer(8, "k is a tensor", "model.config.tokens).T.tolist()", "model.config.tokens).T"),
     Answer(5, "training: the order for the rank", "rank = order.argsort(dim=1)", "rank = order"),
     Answer(5, "softmax for sigmoid", "torch.sigmoid(self.router(x))", "self.router(x).softmax(1)"),
     Answer(5, "worst for best", "descending=True", "descending=False"),

@@ -126,6 +126,7 @@ RIGHT = [  # other answers, none of them wrong
         "torch.where(next_best, zero_with_slope, (rank < k).float())",
     ),
     Answer(5, "gather and scatter", "rows =", GATHER),
+    Answer(4, "e from the ratio", "e = (N - k).clamp(max=", "e = (ratio.detach() * N).round().clamp(max="),
     Answer(5, "rank by scatter", "rank = order.argsort(dim=1)", RANK),
     Answer(
         6,
