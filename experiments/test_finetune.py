@@ -154,9 +154,9 @@ def test_samples_of_both_forms_train_densely_then_routed_and_sample(kind, tmp_pa
         folder = tmp_path / f"npz {npz}"
         folder.mkdir()
         write_model_and_samples(folder, kind, npz)
-        ratios = torch.tensor([0.0, 0.6, 0.6]).unsqueeze(1).expand(3, 4)  # the pull is downwards: it ends at the bound
+        ratios = torch.tensor([0.0, 0.6, 0.6]).unsqueeze(1).expand(3, 4)  # a mean of 0.4: the pull is downwards
         torch.save(route(tiny(kind), ratios=ratios).state_dict(), folder / "start.pt")
-        short = ["--steps", "12", "--batch-size", "8", "--ratio-lr", "0.05", "--mixed-precision", "bf16"]
+        short = ["--steps", "12", "--batch-size", "8", "--ratio-lr", "0.01", "--mixed-precision", "bf16"]
         run(folder, "dense", [*short, "--pretrained", str(folder), "--target-ratio", "0"], dtype=torch.float32)
         assert not (folder / "dense" / "routing.pt").exists()
         routed = ["--pretrained", str(folder / "dense"), "--routing", str(folder / "start.pt")]
@@ -166,8 +166,8 @@ def test_samples_of_both_forms_train_densely_then_routed_and_sample(kind, tmp_pa
         assert torch.equal(value, weights[1][key]), key
     last = json.loads((folder / "routed" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["step"] == 12
-    assert abs(last["mean_ratio"] - 0.3) < 0.1
-    assert min(last["ratios"][0]) == 0 < min(last["ratios"][1])
+    assert 0.3 < last["mean_ratio"] < 0.39
+    assert last["ratios"][0] == [0.0] * 4  # not below, where k has no meaning
 
     model = KINDS[kind][0].from_pretrained(folder / "routed" / "transformer")
     load_routing(model, folder / "routed" / "routing.pt")
@@ -198,6 +198,7 @@ def test_the_data_that_it_makes_fits_its_own_model(tmp_path):
     model, _ = finetune.load_model(None)
     item = finetune.Samples(tmp_path, model, 8, seed=0)[0]
     assert item["latents"].shape == (3, 24, 24)
+    assert item["latents"].dtype == torch.float32  # in the files it is half of that
     assert load_file(tmp_path / "null.safetensors")["prompt_attention_mask"].sum() == 1
 
 
