@@ -75,7 +75,7 @@ class Routing(nn.Module):
 
     def __init__(self, model: nn.Module, ratios: Tensor) -> None:
         super().__init__()
-        self.ratios = nn.Parameter(ratios.to(torch.get_default_dtype()))
+        self.ratios = nn.Parameter(ratios.clone().to(torch.get_default_dtype()))
         self.layers = nn.ModuleList()
         self.tokens = (model.config.sample_size // model.config.patch_size) ** 2  # N, at the model's own size
         self.signature = inspect.signature(model.forward)  # now: engines that prepare a model wrap its forward
