@@ -45,13 +45,19 @@ class Watch:
     def __init__(self, module: types.ModuleType, path: Path) -> None:
         self.module = module
         self.path = path
+        self.original: types.ModuleType | None = None
         self.failures: dict[str, Failure | None] = {}  # of each test that was run; None: it passed
         self.errors: dict[str, type[BaseException]] = {}  # of those that failed
 
     def pytest_runtest_setup(self, item: pytest.Function) -> None:
         if self.failures.setdefault(item.originalname, None) is not None:
             pytest.skip("a test is red if it is red for one set of parameters")
+        self.original = item.module.method
         item.module.method = self.module
+
+    def pytest_runtest_teardown(self, item: pytest.Function) -> None:
+        if self.original is not None:  # these tests may themselves be run by a test
+            item.module.method = self.original
 
     def pytest_runtest_makereport(self, item: pytest.Function, call: pytest.CallInfo) -> None:
         error = call.excinfo
