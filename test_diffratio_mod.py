@@ -6,6 +6,7 @@ python -m pytest -k method                              # those of the method al
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
 import math
@@ -2279,3 +2280,385 @@ def test_steps_of_training_and_sampling_run_on_a_pretended_cuda_device_and_read_
             tensors += [value for name, value in state.items() if name != "step"]
     assert all(tensor.device.type == "cuda" for tensor in tensors)
     assert run.norm_sum.device.type == "cuda"
+
+
+# --- What single steps and single pictures do not show ---------------------------------------------------------------
+
+
+def test_the_warm_up_takes_at_most_a_hundred_steps():
+    runs = steps_of("--steps", 5000)
+    run = next(runs)
+    run.step = 49
+    next(runs)
+    for group in run.muon.param_groups + run.adamw.param_groups:
+        assert group["lr"] == pytest.approx(group["peak"] / 2)
+
+
+@pytest.mark.parametrize("flags, expected", [([], False), (["--amp"], True)])
+def test_amp_runs_the_network_in_bfloat16_and_keeps_weights_and_sums_in_float32(flags, expected, monkeypatch):
+    in_bfloat16 = []
+
+    def spy(loss, *arguments):
+        in_bfloat16.append(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16)
+        return loss(*arguments)
+
+    patch_loss(monkeypatch, spy)
+    for run in steps_of("--steps", 2, "--dense-steps", 1, *flags):
+        pass
+    assert in_bfloat16 == [expected, expected]
+    assert {value.dtype for value in run.model.state_dict().values()} == {torch.float32}
+    assert run.loss_sums.dtype == torch.float32
+    assert run.loss_sums.isfinite().all()
+
+
+def test_compile_compiles_the_loss_once_and_trains_with_what_comes_of_it(monkeypatch):
+    compiled = []
+    calls = []
+
+    def compile_loss(function, fullgraph):
+        def compiled_loss(*arguments):
+            calls.append(fullgraph)
+            return function(*arguments)
+
+        compiled.append(function)
+        return compiled_loss
+
+    monkeypatch.setattr(torch, "compile", compile_loss)
+    monkeypatch.setenv("CXX", "g++")
+    for _ in steps_of("--steps", 3, "--compile"):
+        pass
+    assert compiled == [method.diffusion_loss]
+    assert calls == [True, True, True]
+
+
+def test_a_resumed_run_goes_on_with_its_clock_and_tells_both_commands(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    before = torch.load(finished / "checkpoint.pt", weights_only=True)
+    assert call(train_command, capsys, "--out", tmp_path / "run", "--resume", "--steps", 9)[0] == 0
+    after = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert after["seconds"] > before["seconds"]
+    assert after["made_by"][:-1] == before["made_by"]
+    assert "--resume --steps 9" in after["made_by"][-1]["command"]
+    assert after["made_by"][-1]["torch"] == str(torch.__version__)
+
+
+@pytest.mark.parametrize("flags, saves, logs", [
+    (["--steps", 8, "--save-every", 3, "--log-every", 5], [2, 3, 4, 6, 8], [5, 8]),
+    (["--steps", 3, "--save-every", 50, "--log-every", 50], [1, 2, 3], [3]),  # shorter than --log-every
+])  # fmt: skip
+def test_checkpoints_and_lines_of_metrics_come_when_they_are_due_and_at_the_end(
+    flags, saves, logs, tmp_path, capsys, monkeypatch
+):
+    """Checkpoints at each quarter too, before the pictures."""
+    saved = []
+    monkeypatch.setattr(train_command, "save_checkpoint", lambda run, path: saved.append(run.step))
+    monkeypatch.setattr(train_command, "write_pictures", lambda run, out: None)
+    assert call(train_command, capsys, *TINY, *flags, "--out", tmp_path)[0] == 0
+    assert saved == saves
+    assert [line["step"] for line in lines_of(tmp_path)] == logs
+
+
+def test_a_run_shorter_than_the_first_line_of_metrics_leaves_all_its_pictures(tmp_path, capsys):
+    assert call(train_command, capsys, *TINY, "--steps", 4, "--log-every", 50, "--out", tmp_path)[0] == 0
+    for name in ("curves", "ratios", "routing", "samples"):
+        assert (tmp_path / f"{name}.png").exists(), name
+
+
+def test_the_pictures_of_a_run_show_the_averaged_model_of_its_checkpoint(finished):
+    content = torch.load(finished / "checkpoint.pt", weights_only=True)
+    model = method.DiT(method.Config(**content["config"])).eval()
+    model.load_state_dict(content["ema"])
+    prompts = content["prompts"]
+    mean = float(model.ratios.detach().mean())
+    title = f"Share of tokens that bypass, layer-timestep, mean {mean:.3f}"
+    images = sample_command.images_from_prompts(model, prompts, 0)
+    expected = {
+        "samples": sample_command.draw_samples(images, prompts),
+        "ratios": sample_command.draw_ratios(model.ratios, title),
+        "routing": sample_command.draw_routing(model, prompts[:3], 0),
+        "curves": train_command.draw_curves(lines_of(finished)),
+    }
+    for name, picture in expected.items():
+        assert np.array_equal(Image.open(finished / f"{name}.png"), picture), name
+    table = json.loads((finished / "ratios.json").read_text())
+    np.testing.assert_allclose(table["ratios"], content["ema"]["ratios"], atol=6e-5)
+    assert table["mean"] == pytest.approx(mean)
+    assert table["mode"] == "layer-timestep"
+    assert table["target"] == 0.3
+
+
+def test_samples_come_from_the_averaged_weights_and_runs_go_on_from_the_plain_ones(finished):
+    content = torch.load(finished / "checkpoint.pt", weights_only=True)
+    weights = sample_command.read_checkpoint(finished / "checkpoint.pt")[0].state_dict()
+    plain_weights = sample_command.read_checkpoint(finished / "checkpoint.pt", "model")[0].state_dict()
+    for name, value in content["ema"].items():
+        assert torch.equal(weights[name], value), name
+        assert torch.equal(plain_weights[name], content["model"][name]), name
+    assert not torch.equal(weights["out.weight"], plain_weights["out.weight"])
+
+
+def near(picture: np.ndarray, x: float, y: float) -> np.ndarray:
+    """The colours (n, 3) of the pixels around a place."""
+    x = round(x)
+    y = round(y)
+    return picture[y - 1 : y + 2, x - 1 : x + 2].reshape(-1, 3).astype(int)
+
+
+def test_curves_show_each_value_at_its_step_losses_in_logarithms_and_the_first_line_from_step_zero():
+    """Panels of 340 x 220 pixels, 40 from the top; a line of metrics tells of the steps before it."""
+    metrics = []
+    for step, loss in ((10, 1.0), (20, 0.1), (30, 0.01)):
+        ratios = [[0.2, 0.2], [step / 50, step / 50]]
+        metrics.append({"step": step, "loss": loss, "loss_by_region": [0.01, 1.0, None], "ratios": ratios})
+    metrics[1]["loss_by_region"] = [0.01, 1.0, 0.5]  # a region without images has no loss
+    picture = np.array(train_command.draw_curves(metrics))
+    ink = list(sample_command.INK)
+
+    def height(share: float) -> float:
+        return 260 - 220 * share
+
+    for step, share in ((1, 1), (9, 1), (20, 0.5), (30, 0)):  # 1, 0.1, 0.01: equal parts of the panel
+        assert ink in near(picture, 60 + 340 * min(step, 29.8) / 30, height(share * 2 / 2.01)).tolist()
+    for step, share in ((5, 0), (20, 0.25), (29.8, 0.5)):  # the mean of 0.2 and 0.2 to 0.6, from 0.2 to 0.6
+        assert ink in near(picture, 920 + 340 * step / 30, height(share * 0.4 / 0.41)).tolist()
+    cleanest = near(picture, 490 + 340 * 15 / 30, height(0))
+    middle = near(picture, 490 + 340 * 15 / 30, height(2 / 2.01))
+    assert (cleanest[:, 2] - cleanest[:, 0]).max() > 100  # blue
+    assert np.abs(middle[:, 2] - middle[:, 0]).max() < 30
+
+
+def test_backgrounds_are_nearly_grey_and_change_in_every_direction():
+    images, _, masks = train_command.Shapes(24).batch(1000, torch.Generator().manual_seed(0))
+    images = torch.where(masks.sum(dim=1, keepdim=True) > 0, torch.nan, images)
+    spread = images.amax(dim=1) - images.amin(dim=1)  # between the colours of a pixel
+    assert 0.02 < spread.nanmean() < 0.2
+    grey = images.nanmean(dim=1)
+    for first, last in ((grey[:, 0], grey[:, -1]), (grey[:, :, 0], grey[:, :, -1])):
+        rising = first.nanmean(dim=1) < last.nanmean(dim=1)
+        assert 0.45 < rising.float().mean() < 0.55
+    assert grey[~grey.isnan()].min() < -0.7
+    assert grey[~grey.isnan()].max() > 0.7
+
+
+@pytest.mark.parametrize("name", ["shapes_dense", "shapes_routed"])
+def test_shapes_have_the_words_and_prompts_of_the_shipped_checkpoints(name):
+    model, checkpoint = sample_command.read_checkpoint(HERE / "assets" / f"{name}.pt")
+    data = train_command.Shapes(24)
+    assert model.config.vocabulary == data.vocabulary
+    assert model.config.caption_length == data.caption_length
+    assert checkpoint["prompts"] == list(data.prompts)
+    assert sample_command.encode(model.config, data.prompts).shape == (16, 8)
+
+
+@pytest.mark.parametrize("classes, shown", [(3, 16), (20, 20), (100, 32)])
+def test_the_prompts_of_pictures_are_its_classes_in_turn_from_16_to_32_and_the_longest_caption_fits(classes, shown):
+    names = [f"class_{i}" for i in range(classes)]
+    names[1] = "one_of_the_longest_names of  all"
+    data = train_command.Pictures(np.zeros((classes, 8, 8, 3), np.uint8), range(classes), names, False)
+    assert len(data.prompts) == shown
+    assert data.prompts[:3] == ["a photo of a class 0", "a photo of a one of the longest names of all"] + [
+        "a photo of a class 2"
+    ]
+    assert data.prompts == [data.prompts[i % classes] for i in range(shown)]
+    assert data.caption_length == 11
+    short = train_command.Pictures(np.zeros((1, 8, 8, 3), np.uint8), [0], ["a"], False)
+    assert short.caption_length == 8
+
+
+def test_a_process_that_is_killed_within_a_save_leaves_the_checkpoint_before_and_resumes_from_it(
+    finished, tmp_path, capsys
+):
+    shutil.copytree(finished, tmp_path / "run")
+    before = (finished / "checkpoint.pt").read_bytes()
+    script = """
+import os, signal, sys, torch, train_cifar
+
+def half_a_save(state, file):
+    file.write(b"half")
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+torch.save = half_a_save
+train_cifar.main(sys.argv[1:])
+"""
+    flags = ["--out", str(tmp_path / "run"), "--resume", "--steps", "9"]
+    killed = subprocess.run([sys.executable, "-c", script, *flags], cwd=HERE, capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+    assert call(train_command, capsys, *flags)[0] == 0
+    assert lines_of(tmp_path / "run")[-1]["step"] == 9
+    assert not list((tmp_path / "run").glob("*.part"))
+
+
+def test_a_file_is_on_disk_before_it_takes_the_place_of_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    order = []
+    replace = os.replace
+
+    def note_replace(part, target):
+        order.append(("replace", Path(part).read_bytes(), Path(target).read_bytes()))
+        replace(part, target)
+
+    monkeypatch.setattr(os, "fsync", lambda file: order.append("on disk"))
+    monkeypatch.setattr(os, "replace", note_replace)
+    with sample_command.replace_file(path) as file:
+        file.write(b"new")
+    assert order == ["on disk", ("replace", b"new", b"old")]
+    assert path.read_bytes() == b"new"
+    with pytest.raises(method.InputError), sample_command.replace_file(path) as file:
+        file.write(b"half")
+        raise ValueError
+    assert snapshot(tmp_path) == {str(path): b"new"}
+
+
+def test_the_first_signal_stops_a_run_after_its_step_and_a_second_one_ends_it_at_once(tmp_path, capsys, monkeypatch):
+    received = []
+    monkeypatch.setattr(train_command, "stop_on_signals", lambda: received)
+
+    def spy(loss, model, *arguments):
+        if len(received) == 0 and model.word_positions.grad is not None:
+            received.append(signal.SIGTERM)
+        return loss(model, *arguments)
+
+    patch_loss(monkeypatch, spy)
+    code, output, error = call(train_command, capsys, *TINY, "--steps", 20, "--log-every", 5, "--out", tmp_path)
+    assert code == 128 + signal.SIGTERM
+    assert output == ""
+    assert "stopped after step 2," in error
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 2
+    again = error.splitlines()[-1].split("go on with: ")[1]
+    assert again.endswith(f"--dataset shapes --out {tmp_path} --resume")
+
+
+def test_after_the_first_signal_the_next_one_has_its_usual_effect(monkeypatch):
+    handlers = {}
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_DFL)
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    received = train_command.stop_on_signals()
+    assert signal.SIGINT in handlers
+    assert signal.SIGTERM in handlers
+    handlers[signal.SIGINT](signal.SIGINT, None)
+    assert received == [signal.SIGINT]
+    assert handlers[signal.SIGINT] == signal.SIG_DFL
+
+
+def test_bytes_are_the_nearest_of_each_value_and_what_is_out_of_range_is_cut():
+    values = torch.tensor([-1.5, -1.0, -0.99, 0.01, 0.99, 1.0, 1.5]).view(1, 1, 1, 7).expand(1, 3, 2, 7)
+    bytes_of_values = sample_command.to_uint8(values)
+    assert bytes_of_values.dtype == np.uint8
+    assert bytes_of_values.shape == (1, 2, 7, 3)
+    assert bytes_of_values[0, 1, :, 2].tolist() == [0, 0, 1, 129, 254, 255, 255]
+    assert np.array_equal(sample_command.to_uint8(values.bfloat16())[0, 0, [0, 1, 5, 6], 0], [0, 0, 255, 255])
+
+
+def test_a_sheet_shows_at_most_64_images_eight_a_row_and_all_files_hold_all_images(
+    finished, tmp_path, monkeypatch, capsys
+):
+    """Image i of the stand-in is of one colour, (3 i, 0, 255): in the batches of the command, whatever their size."""
+    asked = []
+
+    def coloured(model, prompts, seed, first=0, **options):
+        asked.append((len(prompts), first, options["steps"]))
+        images = np.zeros((len(prompts), 16, 16, 3), np.uint8)
+        images[:, :, :, 0] = 3 * np.arange(first, first + len(prompts)).reshape(-1, 1, 1)
+        images[:, :, :, 2] = 255
+        return images
+
+    monkeypatch.setattr(sample_command, "images_from_prompts", coloured)
+    flags = ["--checkpoint", finished / "checkpoint.pt", "--prompt", "a red circle", "--prompt", "a blue cross"]
+    flags += ["--num", 35, "--batch-size", 32, "--steps", 7, "--out", tmp_path / "s.png", "--npz", tmp_path / "s.npz"]
+    code, output, error = call(sample_command, capsys, *flags)
+    assert code == 0, error
+    assert asked == [(32, 0, 1), (32, 0, 7), (32, 32, 7), (6, 64, 7)]  # the first warms up
+    assert np.load(tmp_path / "s.npz")["arr_0"][:, 0, 0, 0].tolist() == [3 * i for i in range(70)]
+    assert "70 images, 7 steps, guidance 3, seed 0" in output
+    assert "64 images" in output
+    sheet = np.array(Image.open(tmp_path / "s.png"))
+    centres = []
+    for i in range(70):
+        y, x = np.nonzero((sheet == [3 * i, 0, 255]).all(axis=2))
+        centres.append((y.mean(), x.mean()) if len(y) else None)
+    assert centres[64:] == [None] * 6
+    for i in range(64):  # eight a row, from the left to the right, then down
+        assert centres[i][1] == pytest.approx(centres[i % 8][1])
+        assert centres[i][0] == pytest.approx(centres[i - i % 8][0])
+    assert sorted(centres[:64]) == centres[:64]
+
+
+def test_a_heat_map_tells_the_noise_levels_of_its_columns(monkeypatch):
+    grids = []
+    monkeypatch.setattr(sample_command, "draw_grid", lambda *arguments, **options: grids.append(arguments))
+    sample_command.draw_ratios(torch.tensor([[0.1, 0.2, 0.3, 0.4]]), "title")
+    rows, title, row_names, column_names = grids[0]
+    assert [text for _, text in rows[0]] == ["0.40", "0.30", "0.20", "0.10", "0.25"]
+    assert title == "title"
+    assert row_names == ["layer 1", "mean"]
+    assert column_names == ["t 0.75\nto 1", "t 0.5\nto 0.75", "t 0.25\nto 0.5", "t 0\nto 0.25", "mean"]
+
+
+def test_a_routing_map_shows_six_steps_from_the_first_to_the_last_by_the_given_table(
+    finished, tmp_path, monkeypatch, capsys
+):
+    grids = []
+    draw_grid = sample_command.draw_grid
+
+    def keep(*arguments, **options):
+        grids.append(arguments)
+        return draw_grid(*arguments, **options)
+
+    monkeypatch.setattr(sample_command, "draw_grid", keep)
+    (tmp_path / "t.json").write_text("[[0.5, 0.25], [0.75, 0.0]]")
+    flags = ["--checkpoint", finished / "checkpoint.pt", "--prompt", "a red circle", "--ratios", tmp_path / "t.json"]
+    flags += ["--steps", 11, "--seed", 2, "--routing-map", "--out", tmp_path / "s.png", "--npz", tmp_path / "s.npz"]
+    code, _, error = call(sample_command, capsys, *flags)
+    assert code == 0, error
+    assert (tmp_path / "s-routing.png").exists()
+    rows, _, _, names = grids[-1]
+    steps = [0, 2, 4, 6, 8, 10]
+    assert [name.splitlines()[1] for name in names] == [f"t = {1 - step / 11:.2f}" for step in steps]
+    assert [text for _, text in rows[1]] == ["0.25", "0.25", "0.25", "0.50", "0.50", "0.50"]
+    assert [text for _, text in rows[2]] == ["0.00", "0.00", "0.00", "0.75", "0.75", "0.75"]
+    assert np.array_equal(rows[0][-1][0], np.load(tmp_path / "s.npz")["arr_0"][0])  # the last guess is the image
+
+
+def test_numbers_of_flags_are_taken_from_bound_to_bound():
+    whole = sample_command.number(int, 1, 3)
+    share = sample_command.number(float, 0, 1)
+    assert [whole("1"), whole("3"), share("0"), share("1"), share("1e-2")] == [1, 3, 0.0, 1.0, 0.01]
+    for convert, text in ((whole, "0"), (whole, "4"), (whole, "2.0"), (share, "-0.1"), (share, "1.1"), (share, "nan")):
+        with pytest.raises(argparse.ArgumentTypeError, match=text):
+            convert(text)
+
+
+def test_a_stopped_command_ends_with_130_and_an_error_is_one_line_however_long(capsys):
+    def stopped():
+        raise KeyboardInterrupt
+
+    def full():
+        raise OSError("no space\n\tleft \x1b[2J" + 2000 * "x")
+
+    for main, expected in ((stopped, 130), (full, 2)):
+        with pytest.raises(SystemExit) as ended:
+            sample_command.run_command(main)
+        assert ended.value.code == expected
+    error = capsys.readouterr().err
+    assert error.startswith("error: no space left [2Jxxx")
+    assert error.endswith("x\n")
+    assert len(error) < 1020
+
+
+def test_cuda_multiplies_float32_matrices_in_tensorfloat_32_and_other_devices_change_nothing(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
+    sample_command.pick_device("cpu")
+    assert asked == []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    sample_command.pick_device("cuda")
+    assert asked == ["high"]
+
+
+def test_shipped_models_are_in_the_mode_for_sampling(finished):
+    for run in steps_of("--steps", 1):
+        assert not run.ema.training
+    assert not sample_command.read_checkpoint(finished / "checkpoint.pt")[0].training
