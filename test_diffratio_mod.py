@@ -2528,7 +2528,7 @@ def test_the_first_signal_stops_a_run_after_its_step_and_a_second_one_ends_it_at
     assert "stopped after step 2," in error
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 2
     again = error.splitlines()[-1].split("go on with: ")[1]
-    assert again.endswith(f"--dataset shapes --out {tmp_path} --resume")
+    assert again.endswith(f"--out {tmp_path} --resume")
 
 
 def test_after_the_first_signal_the_next_one_has_its_usual_effect(monkeypatch):
