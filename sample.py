@@ -71,8 +71,8 @@ def images_from_prompts(model: DiT, prompts: Sequence[str], seed: int, first: in
     size = model.config.image_size
     device = model.ratios.device
     noise = []
-    for number in range(first, first + len(prompts)):
-        rng = torch.Generator().manual_seed(seed * 1_000_003 + number)
+    for image in range(first, first + len(prompts)):
+        rng = torch.Generator().manual_seed(seed * 1_000_003 + image)
         noise.append(torch.randn(3, size, size, generator=rng))
     for name in ("known", "mask"):
         if name in options:
@@ -89,7 +89,7 @@ def to_uint8(images: torch.Tensor) -> np.ndarray:
 def pick_device(name: str) -> torch.device:
     """The device of this name; "auto" takes CUDA, then Apple's MPS, then the CPU. Raises InputError if it is missing.
 
-    On CUDA, float32 matrix products run in TensorFloat-32 from here on: several times faster, with 10 bits of mantissa.
+    On CUDA, float32 matrix products run in TensorFloat-32 from here on: faster, with 10 bits of mantissa.
     """
     available = []
     if torch.cuda.is_available():

@@ -536,7 +536,7 @@ def training_batch(run: Run) -> tuple[Tensor, ...]:
 def random_noise_levels(count: int, mean: float, deviation: float, rng: torch.Generator) -> Tensor:
     """Noise levels t (count,) in [0.001, 1], log(noise / signal) being normal (Karras et al. 2022), one a stratum.
 
-    So most images are rather clean: there the details are decided that an eye sees first.
+    At the usual mean, -1, most images are rather clean: there the details are decided that an eye sees first.
     """
     normal = torch.special.ndtri(even_noise_levels(count, rng))
     noise_over_signal = (mean + deviation * normal).exp()
