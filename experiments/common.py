@@ -8,6 +8,7 @@ import importlib
 import json
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,12 +24,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 from diffratio_mod import DiT, InputError, RoutedLayer, diffusion_loss, even_noise_levels, schedule, tokens_processed
 from diffratio_mod import _normalise as normalise
 from diffratio_mod import sample as draw
 
 RESULTS = Path(__file__).resolve().parent / "results"
+BATCH = 50  # images that draw_images samples at once
 
 # --- Layers to compare with: each has the parameters and the arguments of RoutedLayer --------------------------------
 
@@ -43,7 +46,7 @@ def use(model: DiT, kind: type[RoutedLayer]) -> DiT:
 
 
 def begin_sampling(model: nn.Module, images: int) -> None:
-    """Tell the layers that remember, and those that treat the two halves of guidance differently, what comes now.
+    """Tell the layers that remember, and the models that treat the two halves of guidance differently, what comes now.
 
     images: without guidance a batch has so many rows; with guidance twice as many, the unconditional half behind.
     """
@@ -51,7 +54,7 @@ def begin_sampling(model: nn.Module, images: int) -> None:
         if isinstance(module, CachedLayer):
             module.step = 0
             module.computed = []
-        if isinstance(module, (WeakerUnconditionalLayer, GuidedBySkipping)):
+        if isinstance(module, GuidedBySkipping):
             module.images = images
 
 
@@ -141,17 +144,18 @@ class CachedLayer(RoutedLayer):
     """What caching papers do at its simplest, not trained: on every second step a layer adds what it added the step
     before.
 
-    It computes, too, where the rows are more than before: at the first step with guidance. Needs begin_sampling.
+    It computes, too, where the rows are more than before: at the first step with guidance. A step that is computed is
+    the routed layer's: the tokens that bypass it gain nothing, then and when it is repeated. Needs begin_sampling.
     """
 
     def forward(self, x, *context, k=None, ratio=None):
         if self.step % 2 == 0 or len(self.computed[-1][1]) < len(x):
-            self.computed = [*self.computed[-1:], (self.step, self.layer(x, None, *context))]
-            gain = self.computed[-1][1]
+            out = super().forward(x, *context, k=k, ratio=ratio)
+            self.computed = [*self.computed[-1:], (self.step, out - x)]
         else:
-            gain = self.cached_gain(len(x))
+            out = x + self.cached_gain(len(x))
         self.step += 1
-        return x + gain
+        return out
 
     def cached_gain(self, rows: int) -> Tensor:
         """What to add in place of what is not computed: (rows, N, D)."""
@@ -169,21 +173,11 @@ class ForecastingLayer(CachedLayer):
         before_step, before = self.computed[0]
         if before_step == last_step or len(before) < rows:
             return last[:rows]
+        last = last[:rows]
+        before = before[:rows]
+        line = last.any(dim=2, keepdim=True) & before.any(dim=2, keepdim=True)  # not for a token that bypassed once
         ahead = (self.step - last_step) / (last_step - before_step)
-        return last[:rows] + ahead * (last[:rows] - before[:rows])
-
-
-class WeakerUnconditionalLayer(RoutedLayer):
-    """Routing that skips twice as many tokens in the unconditional half of a guided batch. Needs begin_sampling."""
-
-    def forward(self, x, *context, k=None, ratio=None):
-        n = self.images
-        conditional = super().forward(x[:n], *(z[:n] for z in context), k=k)
-        if len(x) == n:  # a step without guidance
-            return conditional
-        fewer = max(1, x.shape[1] - 2 * (x.shape[1] - k))
-        unconditional = super().forward(x[n:], *(z[n:] for z in context), k=fewer)
-        return torch.cat([conditional, unconditional])
+        return last + ahead * line * (last - before)
 
 
 class GuidedBySkipping(nn.Module):
@@ -248,9 +242,47 @@ def flops(model: nn.Module, ratios: Tensor, steps: int, guidance: float = 1.0, g
         words = torch.zeros(1, model.config.caption_length, dtype=torch.long)
         noise = torch.zeros(1, 3, model.config.image_size, model.config.image_size)
     begin_sampling(other, 1)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # a form that it can count
-        draw(other, words, noise, steps, guidance, guidance_interval, ratios=ratios.cpu())
+    return count_flops(lambda: draw(other, words, noise, steps, guidance, guidance_interval, ratios=ratios.cpu()))
+
+
+@torch.no_grad()
+def count_flops(call: Callable[[], Any]) -> int:
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # fused attention is not counted
+        call()
     return counter.get_total_flops()
+
+
+def interleaved(functions: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of every function in every round: whatever else the machine does, it does to all.
+
+    A first round warms up and is not counted.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for number in tqdm(range(rounds + 1), leave=False, disable=None):
+        for name, function in functions.items():
+            wait_for(device)
+            start = time.perf_counter()
+            function()
+            wait_for(device)
+            if number > 0:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def draw_images(model: nn.Module, prompts: list[str], seed: int, amp: bool, **options) -> np.ndarray:
+    """As images_from_prompts, BATCH images at once, with any kind of model, and in bfloat16 if asked."""
+    parts = []
+    for first in tqdm(range(0, len(prompts), BATCH), str(options), leave=False, disable=None):
+        some = prompts[first : first + BATCH]
+        begin_sampling(model, len(some))
+        with torch.autocast(model.ratios.device.type, torch.bfloat16, enabled=amp):
+            parts.append(tools.images_from_prompts(model, some, seed, first, **options))
+    return np.concatenate(parts)
 
 
 def held_out_batches(model: DiT, data, count: int) -> Iterator[tuple[Tensor, ...]]:

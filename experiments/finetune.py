@@ -8,13 +8,13 @@
 A quarter of an hour on a CPU; the mean ratio arrives at 0.3. On a machine with GPUs the same commands take one of them,
 `accelerate launch --multi_gpu --mixed_precision bf16 experiments/finetune.py ...` takes all.
 
-A sample is a file of --data, .safetensors or .npz, with
+A sample is a .safetensors file of --data, with
     latents (c, h, w)               of the model's size, as it sees them: multiplied by the VAE's scaling factor
     prompt_embeds (W, d)            for a PixArt: the text encoder's output, all samples with the same number of words W
     prompt_attention_mask (W,)      1 = a word, 0 = padding
     class_labels ()                 for a DiT, in the place of the prompt: a whole number
-A file null.safetensors or null.npz holds the two prompt_ arrays of the empty prompt: for classifier-free guidance it
-takes the place of one prompt in ten. (A DiT has a label for that.)
+A file null.safetensors holds the two prompt_ arrays of the empty prompt: for classifier-free guidance it takes the place
+of one prompt in ten. (A DiT has a label for that.)
 
 What a run leaves in --out: transformer/ and scheduler/, the averaged weights in the library's own form; routing.pt, the
 table and the routers; metrics.jsonl; ratios.png, a picture of the table; and checkpoint-STEP/, from which --resume goes
@@ -24,7 +24,6 @@ on. Letters as in diffratio_mod.py: B images of one process and pass, C columns 
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -33,12 +32,10 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
 from diffusers import AutoModel, DDPMScheduler, DiTTransformer2DModel, PixArtTransformer2DModel
 from diffusers.training_utils import EMAModel
+from real_models import MODELS, TIMESTEPS, diffusion_loss, load_routing, route
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from real_models import MODELS, TIMESTEPS, diffusion_loss, load_routing, route
 
 from diffratio_mod import InputError, column_of, ratio_loss
 from sample import Parser, draw_ratios, input_errors, number, replace_file, run_command
@@ -82,9 +79,6 @@ def make_parser() -> Parser:
 
 def read_sample(path: Path) -> dict[str, Tensor]:
     with input_errors(f"cannot read {path}"):
-        if path.suffix == ".npz":
-            with np.load(path) as arrays:
-                return {name: torch.from_numpy(arrays[name]) for name in arrays}
         return load_file(path)
 
 
@@ -97,10 +91,10 @@ class Samples(torch.utils.data.Dataset):
     """
 
     def __init__(self, folder: Path, model: nn.Module, total: int, seed: int) -> None:
-        files = [path for path in sorted(folder.glob("*")) if path.suffix in (".safetensors", ".npz")]
-        self.files = [path for path in files if path.stem != "null"]
+        null = folder / "null.safetensors"
+        self.files = [path for path in sorted(folder.glob("*.safetensors")) if path != null]
         if not self.files:
-            raise InputError(f"{folder} holds no samples, .safetensors or .npz files; --make-data writes some")
+            raise InputError(f"{folder} holds no samples, .safetensors files; --make-data writes some")
         self.total = total
         self.seed = seed
         side = model.config.sample_size
@@ -113,8 +107,8 @@ class Samples(torch.utils.data.Dataset):
             self.null = {}
             self.shapes["prompt_embeds"] = (words, model.config.caption_channels)
             self.shapes["prompt_attention_mask"] = (words,)
-            for path in set(files) - set(self.files):
-                self.null = self.checked(path, read_sample(path), ("prompt_embeds", "prompt_attention_mask"))
+            if null.exists():
+                self.null = self.checked(null, read_sample(null), ("prompt_embeds", "prompt_attention_mask"))
         self[0]  # says at once what is wrong with all
 
     def checked(self, path: Path, sample: dict[str, Tensor], names: tuple[str, ...]) -> dict[str, Tensor]:

@@ -93,6 +93,12 @@ def prompts_of(count: int, two: bool) -> list[str]:
     return prompts
 
 
+def mixed_prompts(count: int) -> list[str]:
+    """Prompts with one object and with two, in turn."""
+    pairs = zip(prompts_of(count // 2, two=False), prompts_of(count // 2, two=True))
+    return list(itertools.chain.from_iterable(pairs))
+
+
 def one_word_changed(caption: str, rng: torch.Generator) -> str:
     """The caption with another colour or another shape for one of its objects."""
     words = caption.split()

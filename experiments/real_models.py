@@ -2,7 +2,6 @@
 
     pip install diffusers                                               # which only this file needs
     python experiments/real_models.py --check                           # the equalities, on small models, in seconds
-    python experiments/real_models.py --check --pretrained FOLDER       # on a local copy of real weights
     python experiments/real_models.py --time --model pixart-sigma --layers 4      # at full width: time against FLOPs
     python experiments/real_models.py --plan --model pixart-sigma       # FLOPs and memory of a training
 
@@ -15,18 +14,14 @@ import copy
 import functools
 import inspect
 import statistics
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
+import common
 import torch
-from diffusers import AutoModel, DiTTransformer2DModel, PixArtTransformer2DModel
+from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from diffratio_mod import InputError, RoutedLayer, column_of, tokens_processed
 from sample import Parser, input_errors, run_command
 
@@ -46,11 +41,7 @@ def update(block: Callable, x: Tensor, attended: Tensor | None, context: dict) -
     bias = None
     if attended is not None:  # (B, n); the library adds the bias to the attention's logits: -inf for "never"
         bias = torch.zeros_like(x[:, :, 0]).masked_fill(~attended, -torch.inf).unsqueeze(1)  # (B, 1, n)
-    out = block(x, attention_mask=bias, **context)
-    shape = getattr(out, "shape", type(out).__name__)
-    if shape != x.shape:
-        raise InputError(f"a block must return tokens of its input's shape, {tuple(x.shape)}, not {shape}")
-    return out - x
+    return block(x, attention_mask=bias, **context) - x
 
 
 def routed(i: int, layer: RoutedLayer, signature: inspect.Signature, *args: object, **named: object) -> Tensor:
@@ -218,20 +209,12 @@ def race(model: nn.Module, mean: float = 0.2, rounds: int = 11) -> None:
     table = route(model, regions=1).ratios
     table[:, 0] = torch.linspace(0, 2 * mean, len(table))
     call = example(model)
-    flops = {}
-    seconds = {dense: [], model: []}
-    for each in seconds:
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # fused attention is not counted
-            each(**call)
-        flops[each] = counter.get_total_flops()
-    for _ in range(rounds):  # interleaved: whatever else the machine does, it does to both
-        for each, times in seconds.items():
-            begin = time.perf_counter()
-            each(**call)
-            times.append(time.perf_counter() - begin)
-    quotient = statistics.median(b / a for a, b in zip(seconds[dense], seconds[model]))
-    print(f"dense {statistics.median(seconds[dense]):.2f} s; mean ratio {mean:g} saves ", end="")
-    print(f"{1 - flops[model] / flops[dense]:.1%} of the FLOPs, {1 - quotient:.1%} of the time ", end="")
+    calls = {"dense": functools.partial(dense, **call), "routed": functools.partial(model, **call)}
+    flops = {name: common.count_flops(function) for name, function in calls.items()}
+    seconds = common.interleaved(calls, rounds, model.device)
+    quotient = statistics.median(b / a for a, b in zip(seconds["dense"], seconds["routed"]))
+    print(f"dense {statistics.median(seconds['dense']):.2f} s; mean ratio {mean:g} saves ", end="")
+    print(f"{1 - flops['routed'] / flops['dense']:.1%} of the FLOPs, {1 - quotient:.1%} of the time ", end="")
     print(f"(medians over {rounds} rounds of both)")
 
 
@@ -260,11 +243,9 @@ def plan(model: nn.Module) -> None:
     weights = sum(parameter.numel() for parameter in model.parameters())
     of_one = kept_bytes(model, one)
     of_an_image = kept_bytes(model, call) - of_one
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        model(**one)
+    flops = common.count_flops(functools.partial(model, **one))
     # With gradient checkpointing: the input of each block, in fp32, and all of one block at a time.
     inputs = blocks * model.routing.tokens * model.inner_dim * 4
-    flops = counter.get_total_flops()
     print(f"{weights / 1e6:.1f} million parameters, {flops / 1e12:.3f} TFLOPs for an image, forward")
     print(f"kept in bfloat16: copies of the weights {(of_one - of_an_image) / 1e9:.2f} GB, ", end="")
     print(f"and an image {of_an_image / 1e9:.3f} GB, checkpointed {(inputs + of_an_image / blocks) / 1e9:.3f} GB")
@@ -278,18 +259,12 @@ def main() -> int | None:
     task.add_argument("--plan", action="store_true", help="parameters, FLOPs and memory of a training in bfloat16")
     parser.add_argument("--model", choices=MODELS, nargs="+", default=[*MODELS][2:], help="of random weights")
     parser.add_argument("--layers", type=int, choices=range(1, 29), default=28, metavar="N", help="of the large models")
-    parser.add_argument("--pretrained", metavar="FOLDER", help="a transformer's own, with its config.json")
     args = parser.parse_args()
     torch.manual_seed(0)
     models = []
-    if args.pretrained:
-        with input_errors(f"cannot use --pretrained {args.pretrained}"):
-            local = {"local_files_only": True, "low_cpu_mem_usage": False}
-            models.append(AutoModel.from_pretrained(args.pretrained, **local))
-    else:
-        for name in args.model:
-            kind, config = MODELS[name]
-            models.append(kind(**{"num_layers": args.layers} | config).eval())
+    for name in args.model:
+        kind, config = MODELS[name]
+        models.append(kind(**{"num_layers": args.layers} | config).eval())
     if args.time:
         return race(models[0])
     if args.plan:

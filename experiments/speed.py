@@ -10,12 +10,11 @@ its time divided by the baseline's time of the same round, its spread half the d
 random: they do not change what is computed. Leaves experiments/results/speed.json, or what --out names.
 """
 
+import functools
 import itertools
 import math
 import statistics
-import time
 from argparse import Namespace
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +24,6 @@ import torch
 import torch.nn.functional as F
 from common import tools
 from torch import Tensor
-from tqdm import tqdm
 
 from diffratio_mod import Config, DiT, diffusion_loss, even_noise_levels, ratio_loss, sample, tokens_processed
 
@@ -51,20 +49,6 @@ def learned_table(depth: int, mean: float) -> Tensor:
     # A cell that skips less than half a token where it was learned skips nothing; so it must be where tokens are more.
     nothing = common.scaled(table, mean) < 0.5 / model.config.tokens
     return common.scaled(table.masked_fill(nothing, 0), mean)
-
-
-def interleaved(functions: dict[str, Callable], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of every function in every round; a first round warms up and is not counted."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for number in tqdm(range(rounds + 1), leave=False, disable=None):
-        for name, function in functions.items():
-            wait()
-            start = time.perf_counter()
-            function()
-            wait()
-            seconds[name] += [time.perf_counter() - start] * (number > 0)
-    return seconds
 
 
 def relative(seconds: list[float], base: list[float]) -> tuple[float, float]:
@@ -93,7 +77,8 @@ def sampling(config: Config, batch: int, rounds: int, args: Namespace) -> list[d
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
             sample(model, words, noise, STEPS, 1, ratios=ratios)
 
-    seconds = interleaved({name: lambda one=one: run(*one) for name, one in runs.items()}, rounds, args.device)
+    calls = {name: functools.partial(run, *one) for name, one in runs.items()}
+    seconds = common.interleaved(calls, rounds, args.device)
     rows, most = [], common.flops(dense, zero, STEPS)
     for name, (model, ratios) in runs.items():
         left, spread = relative(seconds[name], seconds["dense"])
@@ -126,7 +111,7 @@ def training(config: Config, batch: int, rounds: int, args: Namespace) -> tuple[
             optimizer.zero_grad()
 
         functions[name] = step
-    seconds = interleaved(functions, rounds, args.device)
+    seconds = common.interleaved(functions, rounds, args.device)
     pairs = [*itertools.product(names[1:], ["dense"]), ("routed", "two branches")]
     return statistics.median(seconds["dense"]), {f"{a} / {b}": relative(seconds[a], seconds[b]) for a, b in pairs}
 

@@ -46,10 +46,9 @@ CACHES = [common.CachedLayer, common.ForecastingLayer]
 
 @pytest.mark.parametrize("kind", [common.AttentionPrunedLayer, common.MergedLayer, *CACHES])
 def test_layers_that_are_not_trained_equal_the_dense_ones_where_nothing_is_skipped(model, kind):
-    if kind is common.MergedLayer:
-        for layer in model.layers:  # its gate is the routed layer's
-            torch.nn.init.zeros_(layer.router.weight)
-            torch.nn.init.zeros_(layer.router.bias)
+    for layer in model.layers:  # then all gates are 1, in the layers that have the routed layer's
+        torch.nn.init.zeros_(layer.router.weight)
+        torch.nn.init.zeros_(layer.router.bias)
     torch.testing.assert_close(run(model, kind, 16), run(model, RoutedLayer, None), rtol=1e-4, atol=1e-5)
 
 
@@ -115,24 +114,41 @@ def test_a_cache_computes_when_guidance_begins_and_keeps_the_conditional_half_wh
         torch.testing.assert_close(gains[step], gain, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", CACHES)
+def test_a_cache_of_a_routed_model_skips_on_computed_steps_what_routing_skips_and_repeats_the_gains_of_the_others(
+    model, kind
+):
+    x = torch.randn(4, 4, 16, 16)  # of four steps
+    context = (torch.randn(4, 6, 16), torch.randn(4, 2, 16))
+    k = (5, 11, 9, 3)
+    routed = []
+    common.use(model, RoutedLayer)
+    for step in (0, 2):
+        routed.append(model.layers[0](x[step], *context, k=k[step]))
+    common.use(model, kind)
+    common.begin_sampling(model, 4)
+    out = [model.layers[0](x[step], *context, k=k[step]) for step in range(4)]
+
+    for step in (0, 2):
+        assert torch.equal(out[step], routed[step // 2])
+    gains = [routed[0] - x[0], routed[1] - x[2]]
+    expected = gains[1]
+    if kind is common.ForecastingLayer:
+        line = gains[1] + (gains[1] - gains[0]) / 2  # from steps 0 and 2 to step 3
+        through_both = (gains[0] != 0).any(dim=2, keepdim=True) & (gains[1] != 0).any(dim=2, keepdim=True)
+        assert through_both.any() and not through_both.all()
+        expected = torch.where(through_both, line, gains[1])
+    torch.testing.assert_close(out[1], x[1] + gains[0])
+    torch.testing.assert_close(out[3], x[3] + expected)
+    assert (out[1] == x[1]).all(dim=2).sum(dim=1).tolist() == [11] * 4  # of 16 tokens, 5 gain
+    bypassed = (gains[1] == 0).all(dim=2)
+    assert torch.equal(out[3][bypassed], x[3][bypassed])
+
+
 def test_a_forecast_repeats_where_the_step_before_the_last_had_no_unconditional_half(model):
     gains, computed = gains_of(model, common.ForecastingLayer, [2, 2, 4, 4])
     for step in range(4):
         torch.testing.assert_close(gains[step], computed[step - step % 2], rtol=1e-4, atol=1e-5)
-
-
-def test_the_weaker_half_is_the_second_one_and_skips_twice_as_much(model):
-    noise = torch.randn(4, 3, 16, 16)
-    common.use(model, common.WeakerUnconditionalLayer)
-    caption = model.encode_caption(torch.ones(4, 2, dtype=torch.long))
-    inputs = (noise, torch.full((4,), 0.5), caption, noise, torch.ones(4, 1, 16, 16))
-    common.begin_sampling(model, 2)
-    with torch.no_grad():
-        weaker = model(*inputs, k=[12, 12])
-        plain = model(*(z[:2] for z in inputs), k=[12, 12])  # a step without guidance
-    for rows, k in ((slice(0, 2), 12), (slice(2, 4), 8)):
-        torch.testing.assert_close(weaker[rows], run(model, RoutedLayer, k, noise=noise)[rows])
-    torch.testing.assert_close(plain, run(model, RoutedLayer, 12, noise=noise)[:2])
 
 
 @pytest.mark.parametrize("modes", ["dense layer-timestep", "layer-timestep layer-timestep", "layer dense"])
@@ -234,14 +250,12 @@ def test_an_arm_of_the_tradeoff_has_its_checkpoints_weights_and_the_table_that_i
     assert torch.equal(scaled.out.bias, model.out.bias)
     assert arm(":merging:0.3").ratios.eq(0.3).all()
     assert isinstance(arm(":forecast").layers[1], common.ForecastingLayer)
-    for kind, weak_table in ((":weak-table:0.4", model.ratios.clamp(min=0.4)), (f":weak-model:{path}", model.ratios)):
-        guided = arm(kind)
-        assert torch.equal(guided.ratios, torch.cat([model.ratios, weak_table]))
-        assert torch.equal(guided.weak.out.bias, guided.strong.out.bias)
+    guided = arm(f":weak-model:{path}")
+    assert torch.equal(guided.ratios, torch.cat([model.ratios, model.ratios]))
+    assert torch.equal(guided.weak.out.bias, guided.strong.out.bias)
     model.ratios.data.zero_()
     torch.save({"config": asdict(model.config), "ema": model.state_dict()}, path)
-    of_a_table = [":scaled", ":scaled:0.1", ":scaled:2", ":weak-table:0.5"]
-    for wrong in (*of_a_table, ":weak-model:no.pt", ":cache:0.1", ":cached"):
+    for wrong in (":scaled", ":scaled:0.1", ":scaled:2", ":weak-model:no.pt", ":cache:0.1", ":cached"):
         with pytest.raises(InputError):
             arm(wrong)
 
@@ -251,12 +265,11 @@ def test_every_arm_draws_each_image_from_its_own_noise_whatever_the_batch(tmp_pa
     model = random_model("layer-timestep", 5)
     path = tmp_path / "model.pt"
     torch.save({"config": asdict(model.config), "ema": model.state_dict()}, path)
-    args = tradeoff.make_parser().parse_args(["name=path"])
     options = Guidance(2.0, (0.25, 0.85)).options()
-    for kind in ("", ":cache", ":forecast", ":weaker", ":weak-table:0.4", f":weak-model:{path}"):
+    for kind in ("", ":cache", ":forecast", f":weak-model:{path}"):
         arm = tradeoff.model_of(f"name={path}{kind}", torch.device("cpu"))
-        whole = tradeoff.draw_all(arm, ["a", "b", "a b"], args, steps=5, **options)
-        monkeypatch.setattr(tradeoff, "BATCH", 2)
-        parts = tradeoff.draw_all(arm, ["a", "b", "a b"], args, steps=5, **options)
+        whole = common.draw_images(arm, ["a", "b", "a b"], 0, amp=False, steps=5, **options)
+        monkeypatch.setattr(common, "BATCH", 2)
+        parts = common.draw_images(arm, ["a", "b", "a b"], 0, amp=False, steps=5, **options)
         monkeypatch.undo()
         assert np.abs(whole.astype(int) - parts).max() <= 1  # rounding

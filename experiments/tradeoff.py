@@ -11,23 +11,21 @@ An arm is NAME=CHECKPOINT. What is behind a colon makes the model compute in ano
     merging:0.3       tokens are merged (ToMe, package tomesd), this share of them
     pruning:0.3       tokens are pruned by attention (AT-EDM), this share of them
     scaled:0.2        the learned table is scaled to this mean
-    weaker            the unconditional half of guidance skips twice as much
     weak-model:PATH   guidance by skipping: this checkpoint takes the place of the unconditional half, with the caption
-    weak-table:0.6    guidance by skipping: so does the model itself with every ratio at least this high
+
+The layers of a routed checkpoint stay routed in a cache, `:cache` or `:forecast`: on the steps that are computed they skip
+what its table says. So both savings are combined.
 
 Each arm chooses its guidance and the interval of noise levels where it acts, at 10 steps on --choose-by images: from
 the middle of --guidance and the first of --intervals to whatever is better, one guidance up or down or another
 interval, until nothing is. Of all tried within one standard error of the best, it takes the cheapest. With this choice
 it samples at every step count. Quality: for photographs KID in thousandths (photographs.py), for `shapes` the share of
-prompts followed (judge.py). Last come the seconds, of all arms in interleaved rounds. Leaves tradeoff-DATASET.json, and
-.png with all arms of that file; those that it holds already are not run again.
+prompts followed (judge.py). Leaves tradeoff-DATASET.json, and .png with all arms of that file; those that it holds already
+are not run again.
 """
 
 import argparse
-import copy
 import json
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,19 +34,21 @@ import common
 import numpy as np
 import photographs
 import torch
-from judge import followed, prompts_of, trained_judge
+from judge import followed, mixed_prompts, trained_judge
 from torch import nn
-from tqdm import tqdm
 
 from diffratio_mod import DiT, InputError
-from sample import Parser, images_from_prompts, input_errors, number, pick_device, read_checkpoint, run_command
+from sample import Parser, input_errors, number, pick_device, read_checkpoint, run_command
 from train_cifar import load_data
 
-LAYERS = {"cache": common.CachedLayer, "forecast": common.ForecastingLayer, "weaker": common.WeakerUnconditionalLayer}
-LAYERS.update({"merging": common.MergedLayer, "pruning": common.AttentionPrunedLayer})
-WITHOUT_VALUE = ("", "cache", "forecast", "weaker")
-WITH_RATIO = ("merging", "pruning", "scaled", "weak-table")
-BATCH = 50  # images that are sampled at once
+LAYERS = {
+    "cache": common.CachedLayer,
+    "forecast": common.ForecastingLayer,
+    "merging": common.MergedLayer,
+    "pruning": common.AttentionPrunedLayer,
+}
+WITHOUT_VALUE = ("", "cache", "forecast")
+WITH_RATIO = ("merging", "pruning", "scaled")
 
 
 # --- Arms ------------------------------------------------------------------------------------------------------------
@@ -76,21 +76,17 @@ def model_of(arm: str, device: torch.device) -> nn.Module:
     return model.eval().to(device)
 
 
-def with_ratio(model: DiT, kind: str, ratio: float) -> nn.Module:
+def with_ratio(model: DiT, kind: str, ratio: float) -> DiT:
     """The model with the ratios that the kind of an arm asks for. Raises InputError if it has no table to change."""
     table = model.ratios.detach()
-    if kind in ("merging", "pruning"):  # one ratio for all layers and steps
-        uniform = DiT(replace(model.config, mode="uniform"))
-        uniform.load_state_dict(model.state_dict() | {"ratios": torch.full_like(table[:, :1], ratio)})
-        return uniform
-    if not table.any():
-        raise InputError(f"{kind}: this model has no learned table")
     if kind == "scaled":
+        if not table.any():
+            raise InputError("scaled: this model has no learned table")
         model.ratios.data = common.scaled(table, ratio)
         return model
-    weak = copy.deepcopy(model)
-    weak.ratios.data = table.clamp(min=ratio)
-    return common.GuidedBySkipping(model, weak)
+    uniform = DiT(replace(model.config, mode="uniform"))  # one ratio for all layers and steps
+    uniform.load_state_dict(model.state_dict() | {"ratios": torch.full_like(table[:, :1], ratio)})
+    return uniform
 
 
 # --- Quality ---------------------------------------------------------------------------------------------------------
@@ -111,16 +107,12 @@ def measure_of(args: argparse.Namespace, size: int, device: torch.device) -> Mea
         return measure_photographs(args, size, device)
     judge = trained_judge(size, device)
 
-    def prompts(count: int) -> list[str]:  # of seen and held-out pairs in turn
-        pairs = zip(prompts_of(count // 2, False), prompts_of(count // 2, True))
-        return [prompt for pair in pairs for prompt in pair]
-
     def share_followed(images: np.ndarray, prompts: list[str]) -> dict[str, float]:
         share = float(followed(judge, common.to_float(images), prompts).float().mean())
         error = (share * (1 - share) / len(prompts)) ** 0.5
         return {"quality": 100 * share, "standard error": 100 * error}
 
-    return Measure(prompts, share_followed, None, True)
+    return Measure(mixed_prompts, share_followed, None, True)
 
 
 def measure_photographs(args: argparse.Namespace, size: int, device: torch.device) -> Measure:
@@ -140,20 +132,6 @@ def measure_photographs(args: argparse.Namespace, size: int, device: torch.devic
             return {"quality, lite2": found["KID e-3"], "standard error, lite2": found["standard error"]}
 
     return Measure(lambda count: (captions * count)[:count], quality, second, False)
-
-
-def draw(model: nn.Module, prompts: list[str], first: int, args: argparse.Namespace, **options) -> np.ndarray:
-    """As images_from_prompts, with any kind of arm, and in bfloat16 if asked. options: of diffratio_mod.sample."""
-    common.begin_sampling(model, len(prompts))
-    with torch.autocast(model.ratios.device.type, torch.bfloat16, enabled=args.amp):
-        return images_from_prompts(model, prompts, args.seed, first, **options)
-
-
-def draw_all(model: nn.Module, prompts: list[str], args: argparse.Namespace, **options) -> np.ndarray:
-    parts = []
-    for first in tqdm(range(0, len(prompts), BATCH), str(options), leave=False, disable=None):
-        parts.append(draw(model, prompts[first : first + BATCH], first, args, **options))
-    return np.concatenate(parts)
 
 
 # --- An arm's choice of guidance -------------------------------------------------------------------------------------
@@ -217,7 +195,8 @@ def measure_arm(name: str, model: nn.Module, measure: Measure, args: argparse.Na
 
     def try_it(guidance: Guidance) -> dict[str, float]:
         prompts = measure.prompts(args.choose_by)
-        found = measure.quality(draw_all(model, prompts, args, steps=10, **guidance.options()), prompts)
+        images = common.draw_images(model, prompts, args.seed, args.amp, steps=10, **guidance.options())
+        found = measure.quality(images, prompts)
         print(f"{name}, 10 steps, {guidance}: {found['quality']:.1f} ± {found['standard error']:.1f}", flush=True)
         return found
 
@@ -232,7 +211,7 @@ def measure_arm(name: str, model: nn.Module, measure: Measure, args: argparse.Na
         row["tried at 10 steps"].append(choice | found | {"GFLOPs": cost(guidance) / 1e9})
     prompts = measure.prompts(args.num)
     for steps in args.steps:
-        images = draw_all(model, prompts, args, steps=steps, **best.options())
+        images = common.draw_images(model, prompts, args.seed, args.amp, steps=steps, **best.options())
         point = measure.quality(images, prompts)
         if measure.second is not None:
             point.update(measure.second(images))
@@ -243,22 +222,8 @@ def measure_arm(name: str, model: nn.Module, measure: Measure, args: argparse.Na
     return row
 
 
-def measure_seconds(models: dict[str, nn.Module], prompts: list[str], results: dict, args: argparse.Namespace) -> None:
-    """Add to every point of the results the seconds an image: the median of the rounds."""
-    for steps in args.steps:
-        seconds: dict[str, list[float]] = {name: [] for name in models}
-        for _ in range(args.rounds):  # interleaved: whatever else the machine does, it does to all
-            for name, model in models.items():
-                guidance = Guidance(results[name]["guidance"], results[name]["guidance interval"])
-                begin = time.perf_counter()
-                draw(model, prompts, 0, args, steps=steps, **guidance.options())
-                seconds[name].append((time.perf_counter() - begin) / len(prompts))
-        for name, values in seconds.items():
-            results[name]["steps"][str(steps)]["seconds"] = statistics.median(values)
-
-
 def print_table(results: dict, steps: list[int]) -> None:
-    """In each cell: quality and its standard error, in brackets GFLOPs and seconds an image."""
+    """In each cell: quality and its standard error, in brackets GFLOPs an image."""
     print("\n| arm | guidance | at t |" + "".join(f" {count} steps |" for count in steps))
     print("|---" * (len(steps) + 3) + "|")
     for name, row in results.items():
@@ -267,29 +232,32 @@ def print_table(results: dict, steps: list[int]) -> None:
             quality = f"{point['quality']:.1f} ± {point['standard error']:.1f}"
             if "quality, lite2" in point:
                 quality += f" / {point['quality, lite2']:.1f} ± {point['standard error, lite2']:.1f}"
-            cells.append(f"{quality} ({point['GFLOPs']:.1f}; {point['seconds']:.3f})")
+            cells.append(f"{quality} ({point['GFLOPs']:.1f})")
         low, high = row["guidance interval"]
         print(f"| {name} | {row['guidance']:g} | {low:g} to {high:g} | {' | '.join(cells)} |")
 
 
 def draw_chart(results: dict, dataset: str, path: Path) -> None:
-    """Quality over GFLOPs, and over seconds, a curve an arm."""
+    """Quality over GFLOPs, a curve an arm, with standard errors."""
     common.package("matplotlib").use("Agg")
-    figure, axes = common.package("matplotlib.pyplot").subplots(1, 2, figsize=(15, 6), sharey=True)
+    figure, axis = common.package("matplotlib.pyplot").subplots(figsize=(9, 5.5))
     palette = "tab10" if len(results) <= 10 else "tab20"
-    colours = common.package("matplotlib").colormaps[palette].colors
-    for axis, cost in zip(axes, ("GFLOPs", "seconds")):
-        axis.set_prop_cycle(color=colours)
-        for name, row in results.items():
-            points = [point for point in row["steps"].values() if cost in point]  # a run cut short has no seconds
-            style = "o--" if name.startswith("dense") else "o-"
-            axis.plot([p[cost] for p in points], [p["quality"] for p in points], style, markersize=4, label=name)
-        axis.set(xlabel=f"{cost} an image", xscale="log")
-    label = "KID, thousandths"
+    axis.set_prop_cycle(color=common.package("matplotlib").colormaps[palette].colors)
+    for name, row in results.items():
+        points = list(row["steps"].values())
+        costs = [point["GFLOPs"] for point in points]
+        style = "o--" if name.startswith("dense") else "o-"
+        errors = [point["standard error"] for point in points]
+        axis.errorbar(costs, [point["quality"] for point in points], errors, fmt=style, markersize=4, label=name)
+    label = "KID, thousandths: less is better"
     if dataset == "shapes":
         label = "prompts followed, %"
-    axes[0].set_ylabel(label)
-    axes[1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    axis.set(xlabel="GFLOPs an image", ylabel=label, xscale="log")
+    ticks = common.package("matplotlib.ticker")
+    axis.xaxis.set_major_locator(ticks.LogLocator(subs=(1, 2, 3, 5, 7)))
+    axis.xaxis.set_major_formatter(ticks.StrMethodFormatter("{x:g}"))
+    axis.xaxis.set_minor_formatter(ticks.NullFormatter())
+    axis.legend(fontsize=8)
     figure.savefig(path, dpi=90, bbox_inches="tight")
 
 
@@ -299,16 +267,16 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dataset", choices=("shapes", "folder"), default="folder")
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--steps", type=number(int, 1, 1000), nargs="+", default=[20, 14, 10, 7, 5])
-    parser.add_argument("--guidance", type=number(float, 0, 100), nargs="+", default=[1, 2, 3, 4, 5, 6])
+    parser.add_argument("--guidance", type=number(float, 0, 100), nargs="+", default=[1.5, 2, 3, 4, 5])
     parser.add_argument(
-        "--intervals", type=interval_of, nargs="+", metavar="LOW:HIGH", default=[(0, 1), (0.25, 1), (0.25, 0.85)],
-        help="noise levels at which guidance acts (default 0:1 0.25:1 0.25:0.85)",
+        "--intervals", type=interval_of, nargs="+", metavar="LOW:HIGH",
+        default=[(0, 1), (0.25, 1), (0.45, 1), (0.25, 0.85)],
+        help="noise levels at which guidance acts (default 0:1 0.25:1 0.45:1 0.25:0.85)",
     )  # fmt: skip
-    parser.add_argument("--num", type=number(int, 50, 10**6), default=1000, help="images a point (default 1000)")
-    parser.add_argument("--choose-by", type=number(int, 50, 10**6), default=500, help="images a guidance (default 500)")
+    parser.add_argument("--num", type=number(int, 50, 10**6), default=500, help="images a point (default 500)")
+    parser.add_argument("--choose-by", type=number(int, 50, 10**6), default=300, help="images a guidance (default 300)")
     parser.add_argument("--second-network", action="store_true", help="KID on EfficientNet-Lite2, too (default off)")
     parser.add_argument("--seed", type=number(int, 0, 2**40), default=0)
-    parser.add_argument("--rounds", type=number(int, 1, 1000), default=5, help="of 32 images, to time the arms")
     parser.add_argument("--amp", action="store_true", help="sample in bfloat16 (default off)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path)
@@ -331,8 +299,6 @@ def main() -> None:
         if name not in results:
             results[name] = measure_arm(name, model, measure, args)
             common.write_json(results, out)
-    measure_seconds(models, measure.prompts(32), results, args)
-    common.write_json(results, out)
     print_table({name: results[name] for name in models}, args.steps)
     draw_chart(results, args.dataset, out.with_suffix(".png"))
 

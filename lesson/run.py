@@ -2,7 +2,7 @@
 
     python lesson/run.py my_solution.py sample.py --prompt "a red circle above a blue square"
     python lesson/run.py my_solution.py train_cifar.py --dataset shapes --init assets/shapes_dense.pt
-    python lesson/run.py my_solution.py experiments/race.py dense learned
+    python lesson/run.py my_solution.py lesson/race.py dense learned
     python lesson/run.py my_solution.py -m pytest -k method             # a module, as in `python -m`
 
 All that stands behind the script is for the script. The original file stays as it is.
