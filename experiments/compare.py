@@ -159,7 +159,7 @@ def draw_chart(results: dict, path: Path) -> None:
             curve = torch.stack(above).mean(dim=0)
             axis.plot((torch.arange(len(curve)) + 0.5) / len(curve), curve, "o-", label=arm)
     axis.set(xlabel="noise level t", ylabel="held-out loss above the dense arm, %")
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=90, bbox_inches="tight")
 
 
