@@ -1,8 +1,8 @@
 """Seconds against FLOPs: sampling with dense, uniform and learned tables, token merging, and a training step.
 
     pip install tomesd
-    python experiments/speed.py --rounds 8                     # 20 minutes on two CPU cores
-    python experiments/speed.py --rounds 8 --compile           # with training steps whose loss is compiled, too
+    python experiments/speed.py --rounds 3                     # 9 minutes on two CPU cores
+    python experiments/speed.py --rounds 3 --compile           # with training steps whose loss is compiled, too
     python experiments/speed.py --device cuda --amp --batch-scale 8
 
 All that is compared runs interleaved, round after round, in this one process; a figure is the median over the rounds of
