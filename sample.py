@@ -434,7 +434,7 @@ def make_parser() -> Parser:
     add("--amp", action="store_true", help="run the network in bfloat16 (default off)")
     add = parser.add_argument_group("what is written").add_argument
     add("--out", type=Path, default=Path("samples.png"), help="captioned picture (default samples.png)")
-    add("--routing-map", action="store_true", help="also draw which tokens were processed, as NAME-routing.png")
+    add("--routing-map", action="store_true", help="draw which tokens were processed, first 3 images: NAME-routing.png")
     add("--npz", type=Path, help="all images as one array, uint8 NHWC under the key arr_0, for FID tools")
     add("--png-dir", type=Path, help="all images as 000000.png, ... in this folder, for FID tools")
     return parser
@@ -527,7 +527,7 @@ def main() -> None:
                 write_png(Image.fromarray(image), args.png_dir / png_name(i))
         write_png(draw_samples(images[:64], captions[:64]), args.out)
         if args.routing_map:
-            write_png(draw_routing(model, prompts[:3], args.seed, **options), routing_map_of(args.out))
+            write_png(draw_routing(model, captions[:3], args.seed, **options), routing_map_of(args.out))
 
     column_of_step = column_of(torch.linspace(1, 0, args.steps + 1)[:-1], ratios.shape[1])
     mean = float(ratios[:, column_of_step].mean())
@@ -538,8 +538,8 @@ def main() -> None:
     print(f"{flops / 1e9:.2f} GFLOPs an image, {1 - flops / dense_flops:.1%} fewer than dense; mean ratio {mean:.3f}")
     if len(images) > 64:
         print("the sheet shows the first 64 images")
-    if args.routing_map and len(prompts) > 3:
-        print("the routing map shows the first 3 prompts")
+    if args.routing_map and len(images) > 3:
+        print("the routing map shows the first 3 images")
     written = [args.out]
     if args.routing_map:
         written.append(routing_map_of(args.out))

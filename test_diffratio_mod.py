@@ -2618,7 +2618,7 @@ def test_a_heat_map_tells_the_noise_levels_of_its_columns(monkeypatch):
     assert column_names == ["t 0.75\nto 1", "t 0.5\nto 0.75", "t 0.25\nto 0.5", "t 0\nto 0.25", "mean"]
 
 
-def test_a_routing_map_shows_six_steps_from_the_first_to_the_last_by_the_given_table(
+def test_a_routing_map_shows_six_steps_of_the_first_three_images_by_the_given_table(
     finished, tmp_path, monkeypatch, capsys
 ):
     grids = []
@@ -2630,17 +2630,22 @@ def test_a_routing_map_shows_six_steps_from_the_first_to_the_last_by_the_given_t
 
     monkeypatch.setattr(sample_command, "draw_grid", keep)
     (tmp_path / "t.json").write_text("[[0.5, 0.25], [0.75, 0.0]]")
-    flags = ["--checkpoint", finished / "checkpoint.pt", "--prompt", "a red circle", "--ratios", tmp_path / "t.json"]
-    flags += ["--steps", 11, "--seed", 2, "--routing-map", "--out", tmp_path / "s.png", "--npz", tmp_path / "s.npz"]
-    code, _, error = call(sample_command, capsys, *flags)
+    flags = ["--checkpoint", finished / "checkpoint.pt", "--prompt", "a red circle", "--prompt", "a blue cross"]
+    flags += ["--num", 2, "--ratios", tmp_path / "t.json", "--steps", 11, "--seed", 2, "--routing-map"]
+    flags += ["--out", tmp_path / "s.png", "--npz", tmp_path / "s.npz"]
+    code, output, error = call(sample_command, capsys, *flags)
     assert code == 0, error
+    assert "the routing map shows the first 3 images" in output
     assert (tmp_path / "s-routing.png").exists()
     rows, _, _, names = grids[-1]
     steps = [0, 2, 4, 6, 8, 10]
-    assert [name.splitlines()[1] for name in names] == [f"t = {1 - step / 11:.2f}" for step in steps]
-    assert [text for _, text in rows[1]] == ["0.25", "0.25", "0.25", "0.50", "0.50", "0.50"]
-    assert [text for _, text in rows[2]] == ["0.00", "0.00", "0.00", "0.75", "0.75", "0.75"]
-    assert np.array_equal(rows[0][-1][0], np.load(tmp_path / "s.npz")["arr_0"][0])  # the last guess is the image
+    assert [name.splitlines()[0] for name in names[::6]] == ["a red circle", "a red circle", "a blue cross"]
+    assert [name.splitlines()[1] for name in names] == 3 * [f"t = {1 - step / 11:.2f}" for step in steps]
+    assert [text for _, text in rows[1]] == 3 * ["0.25", "0.25", "0.25", "0.50", "0.50", "0.50"]
+    assert [text for _, text in rows[2]] == 3 * ["0.00", "0.00", "0.00", "0.75", "0.75", "0.75"]
+    images = np.load(tmp_path / "s.npz")["arr_0"]
+    for i in range(3):
+        assert np.array_equal(rows[0][6 * i + 5][0], images[i])  # the last guess is the image
 
 
 def test_numbers_of_flags_are_taken_from_bound_to_bound():
