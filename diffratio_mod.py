@@ -8,7 +8,7 @@ routed layer, the model, the diffusion loss, the sampler. Two commands use it; b
     python sample.py --prompt "a red circle above a blue square"            # samples in seconds, tokens really skipped
 
 Each layer has a router that scores every image token. The k tokens with the highest scores go through the layer, the
-others leave it as they came: routing as in Mixture-of-Depths (arXiv 2404.02258). The layer's update of a token is
+others bypass it unchanged: routing as in Mixture-of-Depths (arXiv 2404.02258). The layer's update of a token is
 multiplied by the token's *gate*: twice its score if it is among the k, else 0. k = N (1 - ratio), rounded, follows from
 the layer's compression *ratio*, the share of tokens that bypass it (0 = dense). Every layer has one learnable ratio for
 each region of noise levels (the paper's timesteps): a column of its table. All start at zero, so that a pretrained
@@ -18,13 +18,12 @@ number and has no slope. So the choice of the k best is *straight-through*: a ha
 slope in the ratio (see ratio_gate).
 
 Training computes all N tokens and masks, for each image has its own noise level and its own k: it saves no time.
-Sampling gathers the k tokens and computes only these, with the same result up to rounding; for all N tokens it still
-pays the router, the sort and a copy in each layer, the embedding, the last norm and linear layer.
+Sampling gathers the k tokens and computes only these, with the same result up to rounding. What it computes for all N
+tokens all the same: the router, the sort and a copy in each layer, the embedding, the last norm and linear layer.
 
 What differs from the paper, with the reasons where it stands: the gate is twice the score; a ratio learns in one pass,
 through the tokens next after the k best, not in two at multiples of 10 %; ratios are clamped after the step, not in the
-forward pass; the network is small, works on pixels and reads captions itself; inpainting is added. And the trainer
-divides each image's diffusion loss by a * a, which makes it the loss of the velocity (see diffusion_loss).
+forward pass; the network is small, works on pixels, gives the velocity and reads captions itself; inpainting is added.
 
 Letters used in comments:
     B images   N image tokens   D width   H heads   L layers   C columns of the ratio table (1, or R timestep regions)
@@ -35,7 +34,11 @@ Letters used in comments:
 
 from __future__ import annotations
 
+import difflib
 import math
+import unicodedata
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -45,10 +48,6 @@ from torch import Tensor, nn
 # --- Configuration ---------------------------------------------------------------------------------------------------
 
 MODES = ("dense", "uniform", "layer", "layer-timestep")
-
-
-class InputError(ValueError):
-    """Something that the user gave is wrong. The message is one line: what is wrong, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -66,18 +65,7 @@ class Config:
     regions: int = 10  # R, regions of equal width into which the noise levels are cut
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "patch_size", "dim", "depth", "heads", "caption_length", "regions"):
-            value = getattr(self, name)
-            if type(value) is not int or not 1 <= value <= 2048:
-                raise InputError(f"{name} must be a whole number from 1 to 2048, not {str(value)[:40]!r}")
-        if self.image_size % self.patch_size or self.tokens > 16384:
-            raise InputError(f"patches of {self.patch_size} pixels must cut {self.image_size} into at most 128 x 128")
-        if self.dim % self.heads or self.dim % 4:
-            raise InputError(f"dim {self.dim} must be a multiple of 4 and of the number of heads, {self.heads}")
-        if self.mode not in MODES:
-            raise InputError(f"mode {str(self.mode)[:40]!r} is not one of {', '.join(MODES)}")
-        if not 0 < len(set(self.vocabulary)) == len(self.vocabulary) <= 50_000:
-            raise InputError("the vocabulary must be 1 to 50000 words, each of them once")
+        _refuse_bad_sizes(self)
 
     @property
     def tokens(self) -> int:
@@ -122,16 +110,16 @@ class Layer(nn.Module):
         """
         shift1, scale1, alpha1, shift2, scale2, alpha2 = (modulation + self.modulation).unsqueeze(2).unbind(1)
 
-        query, key, value = self.qkv(_normalise(x, shift1, scale1)).chunk(3, dim=-1)  # (B, n, D) each
+        query, key, value = self.qkv(normalise(x, shift1, scale1)).chunk(3, dim=-1)  # (B, n, D) each
         update = alpha1 * self.attention_out(self.attend(query, key, value, attended))
 
         key, value = self.caption_kv(caption).chunk(2, dim=-1)  # (B, W, D) each
-        update = update + self.caption_out(self.attend(self.caption_q(_normalise(x + update)), key, value))
+        update = update + self.caption_out(self.attend(self.caption_q(normalise(x + update)), key, value))
 
-        return update + alpha2 * self.mlp(_normalise(x + update, shift2, scale2))
+        return update + alpha2 * self.mlp(normalise(x + update, shift2, scale2))
 
 
-def _normalise(x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+def normalise(x: Tensor, shift: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
     x = F.layer_norm(x, x.shape[-1:], eps=1e-6)
     return x if shift is None or scale is None else torch.addcmul(shift, x, 1 + scale)
 
@@ -168,9 +156,9 @@ def ratio_gate(rank: Tensor, k: Tensor, ratio: Tensor) -> Tensor:
     with the value 0 and a slope gives the ratio just this gradient. As dk / dratio = -N, the slope is -N, shared among
     the next e tokens (fewer if fewer bypass), which stand for it with less variance, and halved: -N / (2 e) each. So
 
-        dloss / dratio = -N / (2 e) * (sum over the next e tokens of 2 score <dloss / dx, update>)
+        dloss / dratio = -N / (2 e) * (sum over the next e tokens of 2 score <dloss / dy, update>)
 
-    with the layer's result x: positive if processing them would lower the loss, and descent then lowers the ratio.
+    with the layer's result y: positive if processing them would lower the loss, and descent then lowers the ratio.
 
     The half: skipping costs the difference of the loss between gate 0 and full gate, and the trapezoid rule takes the
     mean of the derivatives at both ends. At full gate it is taken to be 0: there the router has tuned the gate, if only
@@ -207,8 +195,17 @@ class RoutedLayer(nn.Module):
             nn.init.zeros_(parameter)
 
     def score_and_sort(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Every token's score (B, N), and the indices from best to worst (B, N); equal scores stay in raster order."""
-        score = torch.sigmoid(self.router(x)).squeeze(2)
+        """Every token's score (B, N), and the indices from best to worst (B, N); equal scores stay in raster order.
+
+        In float32 whatever autocast or the weights say, as mixtures of experts keep their routers (arXiv 2101.03961,
+        2.4): near 1/2, bfloat16 scores are 0.004 apart, and in many images their raster order would decide.
+        """
+        precision = torch.promote_types(x.dtype, torch.float32)  # a float64 model stays one
+        weight, bias = (parameter.to(precision) for parameter in self.router.parameters())
+        # The meta device, on which operations are counted, has no autocast to switch off.
+        no_autocast = nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+        with no_autocast:
+            score = torch.sigmoid(F.linear(x.to(precision), weight, bias)).squeeze(2)
         return score, score.argsort(dim=1, descending=True, stable=True)
 
     def forward(self, x: Tensor, *context: Tensor, k: int | None = None, ratio: Tensor | None = None) -> Tensor:
@@ -216,7 +213,7 @@ class RoutedLayer(nn.Module):
 
         nothing: the dense layer, no router.
         ratio (B,), each image's own: training. All tokens are computed, but only each image's k best are attended to,
-            and the gate makes the others leave as they came. Shapes are fixed, and no GPU is waited for.
+            and a gate of 0 leaves the others unchanged. Shapes are fixed, and no GPU is waited for.
         k, a Python integer from 1 to N, for all images: sampling. Only the k best are computed.
         """
         B, N, D = x.shape
@@ -229,10 +226,10 @@ class RoutedLayer(nn.Module):
             ratio = ratio.unsqueeze(1)  # (B, 1)
             k_best = tokens_processed(ratio, N)  # (B, 1)
             gate = gate * ratio_gate(rank, k_best, ratio)
-            return x + gate.unsqueeze(2) * self.layer(x, rank < k_best, *context)
+            return (x + gate.unsqueeze(2) * self.layer(x, rank < k_best, *context)).to(x.dtype)
 
         if k == N:
-            return torch.addcmul(x, gate.unsqueeze(2), self.layer(x, None, *context))
+            return torch.addcmul(x, gate.unsqueeze(2), self.layer(x, None, *context)).to(x.dtype)
         # Rows of x as (B * N, D): index_select and index_add are faster than gather and scatter_add.
         rows = (order[:, :k] + N * torch.arange(B, device=x.device).unsqueeze(1)).flatten()
         best = x.flatten(0, 1).index_select(0, rows).view(B, k, D)
@@ -241,7 +238,15 @@ class RoutedLayer(nn.Module):
         return x.flatten(0, 1).index_add(0, rows, gain.flatten(0, 1).to(x.dtype)).view(B, N, D)
 
 
-# --- The model -------------------------------------------------------------------------------------------------------
+# --- The noise schedule, and the model -------------------------------------------------------------------------------
+
+LARGEST_ANGLE = math.acos(0.02)  # at t = 1 there is 2 % of the signal left: a sampler divides by a
+
+
+def schedule(t: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine noise schedule (a, s): x_t = a * x0 + s * eps."""
+    angle = t * LARGEST_ANGLE
+    return angle.cos(), angle.sin()
 
 
 class DiT(nn.Module):
@@ -305,14 +310,13 @@ class DiT(nn.Module):
         # PixArt's timestep conditioning, plus the mean of the caption's tokens (as in Stable Diffusion 3).
         condition = F.silu(self.embed_time(_waves(1000 * t, self.config.dim, 10_000)) + caption.mean(dim=1))  # (B, D)
         modulation = self.condition(condition).unflatten(1, (6, -1))  # (B, 6, D)
-        none = [None] * len(self.layers)
-        k = none if k is None else k
-        ratio = none if ratio is None else ratio
-        for layer, k_of_layer, ratio_of_layer in zip(self.layers, k, ratio):
+        for i, layer in enumerate(self.layers):
+            k_of_layer = None if k is None else k[i]
+            ratio_of_layer = None if ratio is None else ratio[i]
             x = layer(x, modulation, caption, k=k_of_layer, ratio=ratio_of_layer)  # (B, N, D)
 
         shift, scale = self.condition_out(condition).unsqueeze(1).chunk(2, dim=2)  # (B, 1, D) each
-        patches = self.out(_normalise(x, shift, scale))  # (B, N, 3 * p * p)
+        patches = self.out(normalise(x, shift, scale))  # (B, N, 3 * p * p)
         velocity = F.pixel_shuffle(patches.transpose(1, 2).unflatten(2, (side, side)), p)  # (B, 3, S, S)
         # The last layer gives the velocity v = a * eps - s * x0 (Salimans and Ho 2022), from which the noise follows.
         # At high noise the input is nearly eps: a network that gave eps would have to copy it.
@@ -333,41 +337,29 @@ def _positions(side: int, dim: int) -> Tensor:
     return torch.cat([place.repeat_interleave(side, dim=0), place.repeat(side, 1)], dim=1)
 
 
-# --- Diffusion: noise schedule, loss, sampler ------------------------------------------------------------------------
-
-
-LARGEST_ANGLE = math.acos(0.02)  # at t = 1 there is 2 % of the signal left: a sampler divides by a
-
-
-def schedule(t: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine noise schedule (a, s): x_t = a * x0 + s * eps."""
-    angle = t * LARGEST_ANGLE
-    return angle.cos(), angle.sin()
-
-
-def even_noise_levels(count: int, generator: torch.Generator) -> Tensor:
-    """Random noise levels (count,) in (0, 1), ascending, one in each of `count` equal strata."""
-    return (torch.arange(count) + torch.rand(count, generator=generator).clamp(1e-4, 1 - 1e-4)) / count
+# --- Diffusion loss and sampler --------------------------------------------------------------------------------------
 
 
 def diffusion_loss(
     model: DiT, images: Tensor, words: Tensor, mask: Tensor, t: Tensor, eps: Tensor, route: bool = True
 ) -> Tensor:
-    """Mean squared error of the predicted noise, one number an image: (B,).
+    """Mean squared error of the predicted velocity, one number an image: (B,).
 
     images (B, 3, S, S) in [-1, 1], which are also the known pixels: the model hides those under the mask; words (B, W),
     ids as in Config; mask (B, 1, S, S), 1 = generate; t (B,) in (0, 1]; eps (B, 3, S, S); route=False: no routers, as
-    before routing begins. It is a * a times the loss in v: nearly blind to high noise, so trainers divide by a * a.
+    before routing begins.
     """
     routed = route and model.config.mode != "dense"
     ratio = model.ratios[:, column_of(t, model.ratios.shape[1])] if routed else None  # (L, B)
     a, s = (z.view(-1, 1, 1, 1) for z in schedule(t))
     predicted = model(a * images + s * eps, t, model.encode_caption(words), images, mask, ratio=ratio)
-    return (predicted.float() - eps).square().mean(dim=(1, 2, 3))
+    # In x_t = a * x0 + s * eps the velocity is (eps - s * x_t) / a: its error is that of the noise, divided by a. The
+    # error of the noise itself would weigh high noise levels, where a is small, next to nothing.
+    return (predicted.float() - eps).square().mean(dim=(1, 2, 3)) / a.flatten() ** 2
 
 
 @torch.no_grad()
-def sample(
+def sample_images(
     model: DiT, words: Tensor, noise: Tensor, steps=30, guidance=3.0, guidance_interval=(0.0, 1.0),
     known=None, mask=None, ratios=None, hook=None,
 ) -> Tensor:  # fmt: skip
@@ -419,3 +411,48 @@ def sample(
             last_stride = stride
         noisy = a[i + 1] * image + s[i + 1] * (noisy - a[i] * image) / s[i]
     return noisy  # at t = 0, where it is x0
+
+
+# --- What a user may give: captions and sizes ------------------------------------------------------------------------
+
+
+class InputError(ValueError):
+    """Something that the user gave is wrong. The message is one line: what is wrong, and what to do."""
+
+
+def words_of(caption: str) -> list[str]:
+    """A caption's words in lower case. NFC: some systems write é as two characters, others as one."""
+    return unicodedata.normalize("NFC", caption.lower()).split()
+
+
+def encode(config: Config, captions: Sequence[str]) -> Tensor:
+    """Captions to word ids (B, W). The empty caption, all zeros, is the null caption of classifier-free guidance."""
+    ids = {" ".join(words_of(word)): i for i, word in enumerate(config.vocabulary, start=1)}
+    rows = []
+    for caption in captions:
+        words = words_of(caption)
+        for word in words:
+            if word not in ids:
+                close = "".join(f"did you mean {known!r}? " for known in difflib.get_close_matches(word, ids, 1))
+                raise InputError(f"unknown word {word!r} in {caption!r}; {close}known: {' '.join(ids)}")
+        if len(words) > config.caption_length:
+            raise InputError(f"caption {caption!r} has {len(words)} words; at most {config.caption_length} fit")
+        padding = [0] * (config.caption_length - len(words))
+        rows.append([ids[word] for word in words] + padding)
+    return torch.tensor(rows, dtype=torch.long)
+
+
+def _refuse_bad_sizes(config: Config) -> None:
+    """Raises InputError where the sizes of a Config do not fit together, or are absurd."""
+    for name in ("image_size", "patch_size", "dim", "depth", "heads", "caption_length", "regions"):
+        value = getattr(config, name)
+        if type(value) is not int or not 1 <= value <= 2048:
+            raise InputError(f"{name} must be a whole number from 1 to 2048, not {str(value)[:40]!r}")
+    if config.image_size % config.patch_size or config.tokens > 16384:
+        raise InputError(f"patches of {config.patch_size} pixels must cut {config.image_size} into at most 128 x 128")
+    if config.dim % config.heads or config.dim % 4:
+        raise InputError(f"dim {config.dim} must be a multiple of 4 and of the number of heads, {config.heads}")
+    if config.mode not in MODES:
+        raise InputError(f"mode {str(config.mode)[:40]!r} is not one of {', '.join(MODES)}")
+    if not 0 < len(set(config.vocabulary)) == len(config.vocabulary) <= 50_000:
+        raise InputError("the vocabulary must be 1 to 50000 words, each of them once")

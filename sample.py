@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
-import difflib
 import json
 import math
 import os
@@ -22,7 +21,6 @@ import sys
 import tempfile
 import textwrap
 import time
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -34,37 +32,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from diffratio_mod import Config, DiT, InputError, RoutedLayer, column_of, sample, tokens_processed
+from diffratio_mod import Config, DiT, InputError, RoutedLayer, column_of, encode, sample_images, tokens_processed
 
 DEFAULT_CHECKPOINT = Path(__file__).parent / "assets" / "shapes_routed.pt"
 
 # --- Prompts to images -----------------------------------------------------------------------------------------------
 
 
-def words_of(caption: str) -> list[str]:
-    """A caption's words in lower case. NFC: some systems write é as two characters, others as one."""
-    return unicodedata.normalize("NFC", caption.lower()).split()
-
-
-def encode(config: Config, captions: Sequence[str]) -> torch.Tensor:
-    """Captions to word ids (B, W). The empty caption, all zeros, is the null caption of classifier-free guidance."""
-    ids = {" ".join(words_of(word)): i for i, word in enumerate(config.vocabulary, start=1)}
-    rows = []
-    for caption in captions:
-        words = words_of(caption)
-        for word in words:
-            if word not in ids:
-                close = "".join(f"did you mean {known!r}? " for known in difflib.get_close_matches(word, ids, 1))
-                raise InputError(f"unknown word {word!r} in {caption!r}; {close}known: {' '.join(ids)}")
-        if len(words) > config.caption_length:
-            raise InputError(f"caption {caption!r} has {len(words)} words; at most {config.caption_length} fit")
-        padding = [0] * (config.caption_length - len(words))
-        rows.append([ids[word] for word in words] + padding)
-    return torch.tensor(rows, dtype=torch.long)
-
-
 def images_from_prompts(model: DiT, prompts: Sequence[str], seed: int, first: int = 0, **options) -> np.ndarray:
-    """Sample one image for each prompt: uint8 (B, S, S, 3). options: those of diffratio_mod.sample.
+    """Sample one image for each prompt: uint8 (B, S, S, 3). options: those of sample_images.
 
     Image i starts from the noise number `first + i` of this seed, whatever else is in the batch.
     """
@@ -78,7 +54,7 @@ def images_from_prompts(model: DiT, prompts: Sequence[str], seed: int, first: in
         if name in options:
             options[name] = options[name].to(device).expand(len(prompts), -1, -1, -1)  # one for all images
     words = encode(model.config, prompts).to(device)
-    return to_uint8(sample(model, words, torch.stack(noise).to(device), **options))
+    return to_uint8(sample_images(model, words, torch.stack(noise).to(device), **options))
 
 
 def to_uint8(images: torch.Tensor) -> np.ndarray:
@@ -128,7 +104,7 @@ def sampling_flops(
         return noisy
 
     model.forward = note_call
-    sample(model, words[:1], images[:1], steps, guidance, guidance_interval, ratios=ratios)
+    sample_images(model, words[:1], images[:1], steps, guidance, guidance_interval, ratios=ratios)
 
     def count(function: Callable, *arguments, **options) -> int:
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # a form that it can count

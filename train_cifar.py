@@ -49,9 +49,9 @@ from diffratio_mod import (
     InputError,
     column_of,
     diffusion_loss,
-    even_noise_levels,
+    encode,
     ratio_loss,
-    schedule,
+    words_of,
 )
 from sample import (
     FONT,
@@ -62,7 +62,6 @@ from sample import (
     draw_ratios,
     draw_routing,
     draw_samples,
-    encode,
     images_from_prompts,
     input_errors,
     number,
@@ -72,7 +71,6 @@ from sample import (
     replace_file,
     run_command,
     to_square,
-    words_of,
 )
 
 # --- Settings --------------------------------------------------------------------------------------------------------
@@ -533,6 +531,11 @@ def training_batch(run: Run) -> tuple[Tensor, ...]:
     return tuple(z.to(run.model.ratios.device) for z in (images, words, mask, t, noise))
 
 
+def even_noise_levels(count: int, generator: torch.Generator) -> Tensor:
+    """Random noise levels (count,) in (0, 1), ascending, one in each of `count` equal strata."""
+    return (torch.arange(count) + torch.rand(count, generator=generator).clamp(1e-4, 1 - 1e-4)) / count
+
+
 def random_noise_levels(count: int, mean: float, deviation: float, rng: torch.Generator) -> Tensor:
     """Noise levels t (count,) in [0.001, 1], log(noise / signal) being normal (Karras et al. 2022), one a stratum.
 
@@ -556,7 +559,6 @@ def training_step(run: Run, loss_of) -> None:
         attention = sdpa_kernel(SDPBackend.MATH)  # in bfloat16, a CPU's fused attention is slow backwards
     with attention, torch.autocast(t.device.type, torch.bfloat16, enabled=s.amp):
         losses = loss_of(model, images, words, mask, t, noise, routed)  # (B,)
-    losses = losses / schedule(t)[0] ** 2  # from the loss of the noise to that of the velocity, see diffusion_loss
     loss = losses.mean()
     if routed and model.ratios.requires_grad:
         loss = loss + s.ratio_weight * ratio_loss(model.ratios, s.target_ratio)

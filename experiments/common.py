@@ -26,9 +26,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from diffratio_mod import DiT, InputError, RoutedLayer, diffusion_loss, even_noise_levels, schedule, tokens_processed
-from diffratio_mod import _normalise as normalise
-from diffratio_mod import sample as draw
+from diffratio_mod import DiT, InputError, RoutedLayer, diffusion_loss, normalise, schedule, tokens_processed
+from diffratio_mod import sample_images
+from train_cifar import even_noise_levels
 
 RESULTS = Path(__file__).resolve().parent / "results"
 BATCH = 50  # images that draw_images samples at once
@@ -242,7 +242,7 @@ def flops(model: nn.Module, ratios: Tensor, steps: int, guidance: float = 1.0, g
         words = torch.zeros(1, model.config.caption_length, dtype=torch.long)
         noise = torch.zeros(1, 3, model.config.image_size, model.config.image_size)
     begin_sampling(other, 1)
-    return count_flops(lambda: draw(other, words, noise, steps, guidance, guidance_interval, ratios=ratios.cpu()))
+    return count_flops(lambda: sample_images(other, words, noise, steps, guidance, guidance_interval, ratios=ratios.cpu()))
 
 
 @torch.no_grad()
@@ -302,7 +302,7 @@ def held_out_losses(model: DiT, data, count: int) -> dict[str, list[list[float]]
     rows: dict[str, list[list[float]]] = {"noise": [], "v": []}
     for batch in held_out_batches(model, data, count):
         losses = diffusion_loss(model, *batch)
-        for name, weighted in (("noise", losses), ("v", losses / schedule(batch[3])[0] ** 2)):
+        for name, weighted in (("noise", losses * schedule(batch[3])[0] ** 2), ("v", losses)):
             rows[name].append([round(value, 7) for value in weighted.view(-1, 16).mean(dim=1).tolist()])
     return rows
 

@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from common import tools
 from torch import Tensor
 
-from diffratio_mod import Config, DiT, diffusion_loss, even_noise_levels, ratio_loss, sample, tokens_processed
+from diffratio_mod import Config, DiT, diffusion_loss, ratio_loss, sample_images, tokens_processed
+from train_cifar import even_noise_levels
 
 STEPS = 5  # of sampling, one for each column of the tables
 # Tokens, width, layers, heads, and the batch: images that run together (with guidance, twice those that are made).
@@ -75,7 +76,7 @@ def sampling(config: Config, batch: int, rounds: int, args: Namespace) -> list[d
 
     def run(model: DiT, ratios: Tensor) -> None:
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp):
-            sample(model, words, noise, STEPS, 1, ratios=ratios)
+            sample_images(model, words, noise, STEPS, 1, ratios=ratios)
 
     calls = {name: functools.partial(run, *one) for name, one in runs.items()}
     seconds = common.interleaved(calls, rounds, args.device)

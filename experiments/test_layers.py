@@ -12,7 +12,7 @@ import torch
 import tradeoff
 from tradeoff import Guidance
 
-from diffratio_mod import Config, DiT, InputError, RoutedLayer, column_of, sample, tokens_processed
+from diffratio_mod import Config, DiT, InputError, RoutedLayer, column_of, sample_images, tokens_processed
 
 
 def random_model(mode="uniform", regions=2):
@@ -159,7 +159,7 @@ def test_guidance_by_skipping_is_plain_sampling_with_the_guided_prediction_of_tw
     noise = torch.randn(3, 3, 16, 16)
     both = common.GuidedBySkipping(strong, weak)
     common.begin_sampling(both, 3)
-    result = sample(both, words, noise, 10, 2.5, (0.3, 0.8))
+    result = sample_images(both, words, noise, 10, 2.5, (0.3, 0.8))
 
     def one(model, x, t):
         k = None
@@ -177,8 +177,8 @@ def test_guidance_by_skipping_is_plain_sampling_with_the_guided_prediction_of_tw
 
     reference = random_model("dense")
     reference.forward = guided
-    torch.testing.assert_close(result, sample(reference, words, noise, 10, 1.0), rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(result, sample(strong, words, noise, 10, 1.0), atol=1e-2)
+    torch.testing.assert_close(result, sample_images(reference, words, noise, 10, 1.0), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(result, sample_images(strong, words, noise, 10, 1.0), atol=1e-2)
 
 
 def test_models_that_do_not_fit_cannot_guide_each_other():

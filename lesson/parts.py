@@ -143,7 +143,7 @@ PARTS = [
         "3.4",
         [
             Gap(
-                "sample",
+                "sample_images",
                 "column and k, so that k[column[i]] lists each layer's k at step i",
                 assignments("column", "k"),
             )
@@ -198,7 +198,7 @@ WRONG = [
     ),
     Answer(8, "k is a tensor", "model.config.tokens).T.tolist()", "model.config.tokens).T"),
     Answer(5, "training: the order for the rank", "rank = order.argsort(dim=1)", "rank = order"),
-    Answer(5, "softmax for sigmoid", "torch.sigmoid(self.router(x))", "self.router(x).softmax(1)"),
+    Answer(5, "softmax for sigmoid", "torch.sigmoid(F.linear(x.to(precision), weight, bias))", "F.linear(x.to(precision), weight, bias).softmax(1)"),
     Answer(5, "worst for best", "descending=True", "descending=False"),
     Answer(5, "equal scores in any order", "descending=True, stable=True", "descending=True"),
     Answer(

@@ -22,7 +22,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # before torch is imported, as 
 from diffratio_mod import InputError
 
 PUBLIC = ("Config", "InputError", "Layer", "RoutedLayer", "DiT", "column_of", "ratio_loss", "tokens_processed")
-PUBLIC += ("ratio_gate", "schedule", "even_noise_levels", "diffusion_loss", "sample")
+PUBLIC += ("ratio_gate", "schedule", "diffusion_loss", "sample_images")
 
 
 def load(path: Path, name: str = "diffratio_mod") -> types.ModuleType:

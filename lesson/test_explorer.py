@@ -104,7 +104,7 @@ def test_records_are_what_a_sampling_run_does(small):
         hooks.append(model.register_forward_pre_hook(lambda _, z, into=entered: into.append(z[0])))
         words = tools.encode(model.config, prompts)
         hook = lambda t, x0, into=guesses: into.append(x0)
-        method.sample(model, words, torch.stack(noise), STEPS, GUIDANCE, ratios=ratios, hook=hook)
+        method.sample_images(model, words, torch.stack(noise), STEPS, GUIDANCE, ratios=ratios, hook=hook)
         for handle in hooks:
             handle.remove()
         processed, scores = unpack(page, table)
