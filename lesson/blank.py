@@ -5,28 +5,353 @@
     python lesson/blank.py --check my_solution.py               # what is right, in half a minute
     python lesson/blank.py --check my_solution.py 4 5           # parts 4 and 5 alone
     python lesson/blank.py --check my_solution.py --json a.json # and a file for an autograder
+    python lesson/blank.py --check answers --csv points.csv     # all .py files in a folder, a line each
     python lesson/blank.py --wrong 4                            # two wrong answers to part 4, as files to hand out
     python lesson/blank.py --list                               # the parts in their order, and the tests of each
 
-No file is ever overwritten but that of --json. lesson/student.md is the text that goes with it.
+No file is ever overwritten but those of --json and --csv. lesson/student.md is the text that goes with it.
+
+A part is graded in a process of its own: the original, with the student's functions of this part in it, and whatever
+else the student has added. So one wrong part costs one point, any right answer passes, and one that never ends, or ends
+the process, costs its own point only. Right is a part if each of its tests was run and passed.
 """
 
 from __future__ import annotations
 
+import argparse
+import ast
+import builtins
+import contextlib
+import csv
+import inspect
+import io
 import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
 import sys
-from dataclasses import asdict
+import tempfile
+import textwrap
+import threading
+import time
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
-from check import check
-from parts import HANDED_OUT, ORIGINAL, PARTS, WRONG, blank, with_answer
+import pytest
+import torch
+from parts import HANDED_OUT, NUMBERS, ORIGINAL, PARTS, WRONG, blank, blanks_left, changed_outside, with_answer
+from run import load, read_source
 
 from diffratio_mod import InputError
-from sample import Parser, number, replace_file, run_command
+from sample import Parser, check_output, number, replace_file, run_command
 
-NUMBERS = range(1, len(PARTS) + 1)
+TESTS = ORIGINAL.with_name("test_diffratio_mod.py")
+SOLUTION = "my_solution"  # the name under which a student's file is imported
+MEMORY = 8 * 2**30  # bytes that a part may take
+
+# --- What comes out --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Failure:
+    test: str
+    property: str  # the name of the test in words
+    message: str  # what was given, expected and came; the line of the student's file, if it failed there
+
+
+@dataclass(frozen=True)
+class Result:
+    part: int
+    title: str
+    verdict: str  # "right", or what else: "wrong", "skipped", "stopped", "no end ...", "not begun", "not finished"
+    failures: list[Failure]
+
+
+@dataclass(frozen=True)
+class Grade:
+    file: str
+    points: int
+    of: int
+    error: str | None  # why the file cannot be graded at all
+    changed: list[str]  # what is otherwise than in the original, outside the blanks
+    parts: list[Result]
+
+
+# --- In the process of one part --------------------------------------------------------------------------------------
+
+
+def with_answers(source: str, path: Path, part: int) -> types.ModuleType:
+    """The original as a module, but for the student's functions of this part, and with all that the student added."""
+    module = load(source, path, SOLUTION)
+    answers = {}
+    for gap in PARTS[part - 1].gaps:
+        owner, _, function = gap.function.rpartition(".")
+        answers[gap.function] = inspect.getattr_static(getattr(module, owner) if owner else module, function)
+    classes = {name: value for name, value in vars(module).items() if isinstance(value, type)}
+
+    original = ORIGINAL.read_text(encoding="utf-8")
+    exec(compile(original, str(ORIGINAL), "exec"), module.__dict__)  # noqa: S102 (over what the student has)
+
+    for name, theirs in classes.items():  # methods of the student's own
+        for member, value in vars(theirs).items():
+            if member not in vars(getattr(module, name)):
+                setattr(getattr(module, name), member, value)
+    for name, answer in answers.items():
+        owner, _, function = name.rpartition(".")
+        setattr(getattr(module, owner) if owner else module, function, answer)
+    return module
+
+
+class Watch:
+    """A plugin of pytest: gives the tests of a part a student's module for the original one, and says what comes out.
+
+    `report` is called with "begun", "passed" or "failed", the test, and a message. One failure of a test is enough: it
+    is not run for further parameters.
+    """
+
+    def __init__(self, module: types.ModuleType, source: str, path: Path, part: int | None, report: Callable) -> None:
+        self.module = module
+        self.lines = source.splitlines()
+        self.path = path
+        self.part = part  # None: all tests of the method that belong to no part
+        self.report = report
+        self.red: set[str] = set()
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Function]) -> None:
+        items[:] = [item for item in items if part_of(item) == self.part and item.name.startswith("test_method_")]
+
+    def pytest_runtest_protocol(self, item: pytest.Function) -> bool | None:
+        return True if item.originalname in self.red else None  # True: it is done
+
+    def pytest_runtest_setup(self, item: pytest.Function) -> None:
+        self.original = item.module.method
+        item.module.method = self.module
+        self.report("begun", item.name, "")
+
+    def pytest_runtest_teardown(self, item: pytest.Function) -> None:
+        item.module.method = self.original  # these tests may themselves be run by a test
+
+    def pytest_runtest_makereport(self, item: pytest.Function, call: pytest.CallInfo) -> None:
+        if call.excinfo is not None:
+            self.red.add(item.originalname)
+            skipped = call.excinfo.errisinstance(pytest.skip.Exception)
+            self.report("skipped" if skipped else "failed", item.name, self.explain(call.excinfo))
+        elif call.when == "call":
+            self.report("passed", item.name, "")
+
+    def pytest_keyboard_interrupt(self, excinfo: pytest.ExceptionInfo) -> None:
+        self.report("stopped", "", f"the answer ended the tests: {self.explain(excinfo)}")
+
+    def explain(self, error: pytest.ExceptionInfo) -> str:
+        """What went wrong, in one line, with the line of the student's file if it went wrong there."""
+        lines = [line.strip() for line in str(error.value).splitlines() if line.strip()] or [""]
+        if error.errisinstance(AssertionError):
+            text = lines[0]  # the test's own words
+        elif error.errisinstance(pytest.skip.Exception):
+            text = f"the answer skipped the test: {lines[0]}"
+        else:
+            text = f"{error.type.__name__}: {lines[0]}"
+        if "NoneType" in text:
+            text += ". Something is None: is a `return` missing?"
+        own = [entry.lineno for entry in error.traceback if str(entry.path) == str(self.path.resolve())]
+        if own and not error.errisinstance(AssertionError):
+            text += f" (line {own[-1] + 1}: {self.lines[own[-1]].strip()})"
+        return re.sub(r"\b0x[0-9a-f]+", "0x...", text)[:500]
+
+
+def part_of(item: pytest.Function) -> int | None:
+    """The part of the lesson that a test belongs to."""
+    mark = item.get_closest_marker("part")
+    return mark.args[0] if mark else None
+
+
+def run_pytest(plugin: object, *options: str) -> int:
+    """Run the project's tests with a plugin, and no other ones; what they print is not shown."""
+    arguments = [str(TESTS), "--override-ini=addopts=", "--capture=no", *options]
+    arguments += [
+        f"-pno:{name}" for name in ("cacheprovider", "faulthandler", "unraisableexception", "threadexception")
+    ]
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return pytest.main(arguments, [plugin])
+
+
+def public_names() -> dict[str, object]:
+    """What the tests lean on, and no answer may replace."""
+    found = {}
+    for owner in (builtins, pytest, torch, torch.Tensor, torch.nn.functional):
+        for name, value in vars(owner).items():
+            if callable(value) and not name.startswith("_"):
+                found[f"{owner.__name__}.{name}"] = value
+    return found
+
+
+def grade_in_process(sender: Connection, source: str, path: Path, part: int | None) -> None:
+    """Import a student's file, and run the tests of a part if one is given. What comes out goes to `sender`."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    limit_memory()
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    os.chdir(path.parent)
+
+    def report(event: str, test: str, text: str) -> None:
+        sender.send_bytes(json.dumps([event, test, text.replace(f"{path.parent}{os.sep}", "")]).encode())
+
+    before = public_names()
+    try:
+        module = load(source, path, SOLUTION) if part is None else with_answers(source, path, part)
+    except BaseException as error:  # noqa: BLE001 (an answer may raise whatever it likes)
+        report("error", "", str(error) if isinstance(error, InputError) else f"{path} stops while imported: {error!r}")
+        return
+    if part is not None:
+        run_pytest(Watch(module, source, path, part, report))
+    replaced = [name for name, value in public_names().items() if before.get(name, value) is not value]
+    if replaced:
+        report("failed", "", f"the file replaces {replaced[0]}, which the tests need")
+    report("end", "", "")
+
+
+def limit_memory() -> None:
+    """An answer that takes ever more memory should end before the machine does. Where the system has such limits."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+
+
+def end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+# --- Grading ---------------------------------------------------------------------------------------------------------
+
+
+def tests_of_parts() -> dict[int, list[str]]:
+    """The tests of each part, with their parameters. Raises LookupError if there are none."""
+    found: dict[int, list[str]] = {part: [] for part in NUMBERS}
+
+    class Collect:
+        def pytest_collection_finish(self, session: pytest.Session) -> None:
+            for item in session.items:
+                if part_of(item) in found:
+                    found[part_of(item)].append(item.name)
+
+    code = run_pytest(Collect(), "--collect-only")
+    if code == pytest.ExitCode.INTERRUPTED:
+        raise KeyboardInterrupt
+    if code != pytest.ExitCode.OK or not all(found.values()):
+        raise LookupError(f"{TESTS.name} has no tests for some part, or cannot be read")
+    return found
+
+
+def events_of(source: str, path: Path, part: int | None, limit: float) -> tuple[list[tuple], str | None]:
+    """What a process reports, and why it ended if not by itself: it has `limit` seconds."""
+    # Linux copies this process, with all that it has imported; elsewhere each process imports it again, in 4 seconds.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    events: list[tuple] = []
+    deadline = time.monotonic() + limit
+    folder = Path(tempfile.mkdtemp())  # where an answer may write, and delete itself
+    copy = folder / path.name
+    copy.write_text(source, encoding="utf-8")
+    process = context.Process(target=grade_in_process, args=(sender, source, copy, part), daemon=True)
+    try:
+        process.start()
+        sender.close()
+        while not events or events[-1][0] not in ("end", "error"):
+            if not receiver.poll(max(0.0, deadline - time.monotonic())):
+                return events, f"no end after {limit:g} s"
+            events.append(tuple(json.loads(receiver.recv_bytes(10**6))))
+        return events, None
+    except ValueError:
+        return events, "the answer breaks the grading: what came back cannot be read"
+    except (EOFError, OSError):  # the process is gone
+        process.join(1)
+        return events, reason_of(process.exitcode)
+    finally:
+        if process.pid:
+            process.kill()
+            process.join()
+        receiver.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def reason_of(exit_code: int | None) -> str:
+    if exit_code is None:
+        return "the answer has closed what the grading writes to"
+    if exit_code >= 0:
+        return f"the answer ends the process, with exit code {exit_code}"
+    name = signal.Signals(-exit_code).name
+    cause = {"SIGSEGV": ": a recursion without end?", "SIGKILL": ": out of memory?"}.get(name, "")
+    return f"the process was ended by {name}{cause}"
+
+
+def grade_part(source: str, path: Path, part: int, tests: list[str], limit: float) -> Result:
+    title = PARTS[part - 1].title
+    tree = ast.parse(source)
+    left = blanks_left(tree, part)
+    if left == len(PARTS[part - 1].gaps):
+        return Result(part, title, "not begun", [])
+
+    events, reason = events_of(source, path, part, limit)
+    verdict = "right"
+    failures = []
+    begun = ""
+    for event, test, text in events:
+        if event == "begun":
+            begun = test
+        if event in ("failed", "skipped", "stopped", "error"):
+            verdict = "wrong" if event in ("failed", "error") else event
+            failures.append(failure(test or begun, text))
+    passed = {test for event, test, _ in events if event == "passed"}
+    if reason:
+        verdict = reason if reason.startswith("no end") else "stopped"
+        failures.append(failure(begun, reason))
+    elif not failures and passed != set(tests):
+        verdict = "stopped"
+        failures.append(failure(begun, f"{len(set(tests) - passed)} of {len(tests)} tests were not run to their end"))
+    if any(event == "failed" for event, _, _ in events) and verdict == "skipped":
+        verdict = "wrong"
+    if left:
+        verdict = "not finished"
+    return Result(part, title, verdict, failures)
+
+
+def failure(test: str, message: str) -> Failure:
+    name = test.partition("[")[0]
+    return Failure(name, name.removeprefix("test_method_").replace("_", " "), message)
+
+
+def grade(path: Path, parts: list[int], tests: dict[int, list[str]], limit: float, tell=lambda result: None) -> Grade:
+    """Grade parts of a student's file; `tell` is called with each result as it comes."""
+    try:
+        source = read_source(path)
+        events, reason = events_of(source, path, None, limit)
+        if reason:
+            raise InputError(f"{path}: {reason} while it is imported")
+        for event, _, text in events:
+            if event != "end":
+                raise InputError(text)
+    except InputError as error:
+        return Grade(path.as_posix(), 0, len(parts), str(error), [], [])
+    results = []
+    for part in parts:
+        results.append(grade_part(source, path, part, tests[part], limit))
+        tell(results[-1])
+    points = sum(result.verdict == "right" for result in results)
+    return Grade(path.as_posix(), points, len(parts), None, changed_outside(ast.parse(source)), results)
+
+
+# --- The command -----------------------------------------------------------------------------------------------------
 
 
 def write_new(path: Path, source: str) -> None:
@@ -40,17 +365,12 @@ def write_new(path: Path, source: str) -> None:
 
 
 def print_list() -> None:
+    tests = tests_of_parts()
     for i, part in enumerate(PARTS, 1):
         names = ", ".join(dict.fromkeys(gap.function for gap in part.gaps))
         print(f"{i}  {part.title} (paper {part.paper}): {names}")
-        for test in part.tests:
+        for test in dict.fromkeys(name.partition("[")[0] for name in tests[i]):
             print(f"     {test}")
-
-
-def part_number(text: str) -> int:
-    if text not in map(str, NUMBERS):
-        raise InputError(f"{text!r} is no part: they have the numbers 1 to {len(PARTS)}, see --list")
-    return int(text)
 
 
 def write_wrong(part: int) -> None:
@@ -61,20 +381,104 @@ def write_wrong(part: int) -> None:
         print(f"    {answer.what}")
 
 
-def print_check(path: Path, numbers: list[int], json_path: Path | None) -> int:
-    """Grade the parts and print a line for each, and what was wrong. Gives the exit code: 0 if all are right."""
-    results = check(path, numbers or list(NUMBERS))
-    for result in results:
-        print(f"{result.part}  {result.title:32}{result.verdict}")
-        for failure in result.failures:
-            print(f"     {failure.property}\n       {failure.message}")
-    points = sum(result.verdict == "right" for result in results)
-    print(f"{points} of {len(results)}")
-    if json_path:
-        content = {"points": points, "of": len(results), "parts": [asdict(result) for result in results]}
-        with replace_file(json_path) as file:
-            file.write((json.dumps(content, indent=1) + "\n").encode())
-    return 0 if points == len(results) else 1
+def files_and_parts(words: list[str]) -> tuple[list[Path], list[int]]:
+    """What stands behind --check: files, folders of files, and numbers of parts (none: all). Raises InputError."""
+    files = []
+    parts = []
+    for word in words:
+        path = Path(word)
+        if word.isdecimal():
+            if int(word) not in NUMBERS:
+                raise InputError(f"{word!r} is no part: they have the numbers 1 to {len(PARTS)}, see --list")
+            parts.append(int(word))
+        elif path.is_dir():
+            inside = sorted(one for one in path.rglob("*.py") if one.is_file() and not hidden(one.relative_to(path)))
+            if not inside:
+                raise InputError(f"there is no .py file in the folder {path}")
+            files.extend(inside)
+        else:
+            files.append(path)
+    if not files:
+        raise InputError("give --check a file, or a folder of files")
+    return list(dict.fromkeys(files)), sorted(set(parts)) or list(NUMBERS)
+
+
+def hidden(path: Path) -> bool:
+    return any(part.startswith((".", "__")) for part in path.parts)
+
+
+def print_result(result: Result) -> None:
+    print(f"{result.part}  {result.title:32}{result.verdict}", flush=True)
+    for one in result.failures:
+        print(textwrap.fill(one.property, 110, initial_indent=" " * 5, subsequent_indent=" " * 5))
+        print(textwrap.fill(one.message, 110, initial_indent=" " * 7, subsequent_indent=" " * 7), flush=True)
+
+
+def print_line(one: Grade, width: int) -> None:
+    """A file in one line: the points, and which parts are not right."""
+    line = f"{one.file:{width}}  {one.points} of {one.of}"
+    if one.error:
+        line += f"   cannot be graded: {one.error}"
+    others = [f"{result.part} {result.verdict}" for result in one.parts if result.verdict != "right"]
+    if others:
+        line += f"   {', '.join(others)}"
+    if one.changed:
+        line += f"   changed outside the blanks: {', '.join(one.changed)}"
+    print(line, flush=True)
+
+
+def check(paths: list[Path], parts: list[int], limit: float) -> Iterator[Grade]:
+    """Grade files one by one, and print what comes out: all of it for one file, else a line for each."""
+    tests = tests_of_parts()
+    if len(paths) > 1:
+        width = max(len(path.as_posix()) for path in paths)
+        for path in paths:
+            one = grade(path, parts, tests, limit)
+            print_line(one, width)
+            yield one
+        return
+    one = grade(paths[0], parts, tests, limit, print_result)
+    if one.changed:
+        text = f"changed outside the blanks, and graded with the original: {', '.join(one.changed)}"
+        print(textwrap.fill(text, 110, subsequent_indent=" " * 5))
+    if not one.error:
+        print(f"{one.points} of {one.of}")
+    yield one
+
+
+def write_json(grades: list[Grade], path: Path) -> None:
+    content = {"files": [asdict(one) for one in grades]}
+    with replace_file(path) as file:
+        file.write((json.dumps(content, indent=1) + "\n").encode())
+
+
+def write_csv(grades: list[Grade], parts: list[int], path: Path) -> None:
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["file", "points", "of", *(f"part {part}" for part in parts), "changed outside the blanks", "error"])
+    for one in grades:
+        verdicts = [result.verdict for result in one.parts] or ["not graded"] * len(parts)
+        table.writerow([one.file, one.points, one.of, *verdicts, "; ".join(one.changed), one.error or ""])
+    with replace_file(path) as file:
+        file.write(text.getvalue().encode("utf-8", "backslashreplace"))
+
+
+def check_and_write(args: argparse.Namespace) -> int:
+    """What --check asks for. Gives the exit code: 0 if all is right. Raises InputError if a single file is no answer."""
+    paths, parts = files_and_parts(args.check)
+    for path in filter(None, (args.json, args.csv)):
+        check_output(path)
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # whatever else is installed, the tests run in one process
+    os.environ.pop("PYTEST_ADDOPTS", None)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a copied process cannot use a GPU
+    grades = list(check(paths, parts, args.limit))
+    if args.json:
+        write_json(grades, args.json)
+    if args.csv:
+        write_csv(grades, parts, args.csv)
+    if len(grades) == 1 and grades[0].error:
+        raise InputError(grades[0].error)
+    return 0 if all(one.points == one.of for one in grades) else 1
 
 
 def main() -> int:
@@ -82,17 +486,19 @@ def main() -> int:
     part = number(int, 1, len(PARTS))
     does = parser.add_mutually_exclusive_group(required=True)
     does.add_argument("--out", type=Path, metavar="FILE", help="write the student's version; never over a file")
-    does.add_argument("--check", nargs="+", metavar=("FILE", "PART"), help="grade all parts, or those that are named")
+    check_help = "grade files or folders, all parts or those that are named"
+    does.add_argument("--check", nargs="+", metavar=("FILE", "FILE_OR_PART"), help=check_help)
     does.add_argument("--wrong", type=part, metavar="PART", help="write wrong answers to a part, to discuss in class")
     does.add_argument("--list", action="store_true", help="print the parts in their order, with the tests of each")
-    keep = {"type": part, "nargs": "+", "default": [], "metavar": "PART"}
-    parser.add_argument("--keep", **keep, help=f"with --out: parts whose answers are left in, 1 to {len(PARTS)}")
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="with --check: also write what came out, for an autograder"
-    )
+    keep_help = f"with --out: parts whose answers are left in, 1 to {len(PARTS)}"
+    parser.add_argument("--keep", type=part, nargs="+", default=[], metavar="PART", help=keep_help)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="with --check: write all of what came out")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="with --check: write a line for each file")
+    limit_help = "with --check: the seconds that a part may take (default 60)"
+    parser.add_argument("--limit", type=number(float, 1, 86400), default=60.0, metavar="SECONDS", help=limit_help)
     args = parser.parse_args()
-    if (args.keep and not args.out) or (args.json and not args.check):
-        raise InputError("--keep goes with --out, --json with --check")
+    if (args.keep and not args.out) or ((args.json or args.csv) and not args.check):
+        raise InputError("--keep goes with --out, --json and --csv with --check")
     if args.out:
         write_new(args.out, blank(ORIGINAL.read_text(encoding="utf-8"), args.keep))
     if args.wrong:
@@ -100,8 +506,7 @@ def main() -> int:
     if args.list:
         print_list()
     if args.check:
-        file, *numbers = args.check
-        return print_check(Path(file), [part_number(text) for text in numbers], args.json)
+        return check_and_write(args)
     return 0
 
 

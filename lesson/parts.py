@@ -1,15 +1,16 @@
-"""The eight parts of the lesson: where each stands in diffratio_mod.py, its tests, and wrong answers to it.
+"""The eight parts of the lesson: where each stands in diffratio_mod.py, and wrong answers to it.
 
-No command; blank.py takes the parts out, check.py grades them. Where a part stands is found in the syntax tree, by what
-it is ("the branch `if ratio is not None` of RoutedLayer.forward"), so diffratio_mod.py needs no marks, and its lines
-may move.
+No command; blank.py takes the parts out and grades them. Where a part stands is found in the syntax tree, by what it is
+("the branch `if ratio is not None` of RoutedLayer.forward"), so diffratio_mod.py needs no marks, and its lines may
+move. The tests of a part are those that `@pytest.mark.part(number)` gives it in test_diffratio_mod.py.
 """
 
 from __future__ import annotations
 
 import ast
+import copy
 import textwrap
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,33 +68,16 @@ class Part:
     title: str
     paper: str  # section
     gaps: list[Gap]
-    tests: list[str]  # that are red before this part is filled in, and green after it
 
 
 PARTS = [
-    Part(
-        "The columns of the table",
-        "3.4",
-        [Gap("column_of", "the column of each noise level")],
-        ["test_method_columns_cut_the_noise_levels_evenly_in_training_and_sampling"],
-    ),
-    Part(
-        "The pull",
-        "3.3",
-        [Gap("ratio_loss", "what pulls the mean ratio to the target")],
-        ["test_method_ratio_loss_pulls_all_cells_alike_towards_the_target"],
-    ),
-    Part(
-        "From a ratio to k",
-        "3.3",
-        [Gap("tokens_processed", "how many tokens are processed at each ratio")],
-        ["test_method_tokens_processed_are_the_nearest_whole_number_from_one_to_all"],
-    ),
+    Part("The columns of the table", "3.4", [Gap("column_of", "the column of each noise level")]),
+    Part("The pull", "3.3", [Gap("ratio_loss", "what pulls the mean ratio to the target")]),
+    Part("From a ratio to k", "3.3", [Gap("tokens_processed", "how many tokens are processed at each ratio")]),
     Part(
         "A zero with a slope",
         "3.3",
         [Gap("ratio_gate", "1 for the k best, 0 for the others, but for the next e with a slope")],
-        ["test_method_ratio_gate_chooses_the_k_best_and_has_the_slope_that_its_docstring_promises"],
     ),
     Part(
         "The routed layer",
@@ -103,12 +87,6 @@ PARTS = [
             Gap("RoutedLayer.forward", "training: each image's own k, by mask", branch("ratio is not None")),
             Gap("RoutedLayer.forward", "sampling: only the k best are computed", after_branch("ratio is not None")),
         ],
-        [
-            "test_method_any_layer_can_be_routed_and_bypassed_tokens_leave_bit_identical",
-            "test_method_equal_scores_are_taken_in_order",
-            "test_method_router_learns_only_through_the_gate_of_processed_tokens_and_the_ratio_through_that_of_the_next",
-            "test_method_training_equals_sampling_in_the_result_and_in_what_the_weights_learn",
-        ],
     ),
     Part(
         "The ratios of a batch",
@@ -117,27 +95,12 @@ PARTS = [
             Gap(
                 "diffusion_loss",
                 "ratio (L, B): each layer's at each image's noise level",
-                assignments("ratio"),
-                "ratio = None\nif routed:\n    {}",
+                find=assignments("ratio"),
+                frame="ratio = None\nif routed:\n    {}",
             )
         ],
-        [
-            "test_method_forward_and_loss_of_a_mixed_batch_equal_the_reference_image_by_image",
-            "test_method_the_model_is_trained_with_the_known_pixels_and_without_the_hidden_ones",
-            "test_method_zero_ratios_equal_dense_to_the_last_bit",
-            "test_method_gradient_of_a_ratio_agrees_with_the_finite_difference_in_k",
-            "test_method_the_loss_compiles_once_whatever_the_ratios",
-        ],
     ),
-    Part(
-        "The bounds of a ratio",
-        "3.3",
-        [Gap("DiT.clamp_ratios", "bring the ratios back into their bounds")],
-        [
-            "test_method_a_ratio_at_its_bound_comes_back_at_the_first_step_when_the_pull_turns",
-            "test_method_a_training_step_is_one_pass_that_reads_nothing_back_from_the_device",
-        ],
-    ),
+    Part("The bounds of a ratio", "3.3", [Gap("DiT.clamp_ratios", "bring the ratios back into their bounds")]),
     Part(
         "The k of each sampling step",
         "3.4",
@@ -145,19 +108,12 @@ PARTS = [
             Gap(
                 "sample_images",
                 "column and k, so that k[column[i]] lists each layer's k at step i",
-                assignments("column", "k"),
+                find=assignments("column", "k"),
             )
-        ],
-        [
-            "test_method_sampler_equals_its_paper_and_computes_the_k_tokens_of_each_noise_level",
-            "test_method_guidance_acts_within_its_interval_and_all_other_steps_run_the_conditional_half_alone",
-            "test_method_guidance_everywhere_is_the_default_and_guidance_nowhere_is_the_plain_model_to_the_last_bit",
-            "test_method_sampler_reproduces_a_known_distribution",
-            "test_method_inpainting_returns_known_pixels_unchanged_and_never_sees_hidden_ones",
-            "test_method_cuda_and_bfloat16_train_and_sample_with_about_the_same_result",
         ],
     ),
 ]
+NUMBERS = range(1, len(PARTS) + 1)
 
 
 # --- Wrong answers: each is what a student could write, and the tests of its part see through it ---------------------
@@ -189,6 +145,7 @@ WRONG = [
     Answer(4, "not halved", "(2 * e.clamp(min=1))", "e.clamp(min=1)"),
     Answer(4, "0 / 0 where none bypasses", "e.clamp(min=1)", "e"),
     Answer(5, "training: all attended to", "self.layer(x, rank < k_best, *context)", "self.layer(x, None, *context)"),
+    Answer(5, "training: the order for the rank", "rank = order.argsort(dim=1)", "rank = order"),
     Answer(
         5,
         "sampling: all tokens by mask",
@@ -196,9 +153,12 @@ WRONG = [
         "if k < N:\n            best = order.argsort(dim=1) < k\n"
         "            return x + (gate * best).unsqueeze(2) * self.layer(x, best, *context)\n        if k == N:",
     ),
-    Answer(8, "k is a tensor", "model.config.tokens).T.tolist()", "model.config.tokens).T"),
-    Answer(5, "training: the order for the rank", "rank = order.argsort(dim=1)", "rank = order"),
-    Answer(5, "softmax for sigmoid", "torch.sigmoid(F.linear(x.to(precision), weight, bias))", "F.linear(x.to(precision), weight, bias).softmax(1)"),
+    Answer(
+        5,
+        "softmax for sigmoid",
+        "torch.sigmoid(F.linear(x.to(precision), weight, bias))",
+        "F.linear(x.to(precision), weight, bias).softmax(1)",
+    ),
     Answer(5, "worst for best", "descending=True", "descending=False"),
     Answer(5, "equal scores in any order", "descending=True, stable=True", "descending=True"),
     Answer(
@@ -229,6 +189,7 @@ WRONG = [
         "k = tokens_processed(ratios,",
         "k = tokens_processed(0 * ratios + ratios.mean(1, True),",
     ),
+    Answer(8, "k is a tensor", "model.config.tokens).T.tolist()", "model.config.tokens).T"),
     Answer(8, "the step for the noise level", "column_of(levels[:-1], ratios", "column_of(levels[:-1].flip(0), ratios"),
 ]
 
@@ -241,19 +202,34 @@ def with_answer(answer: Answer) -> str:
     return source.replace(answer.original, answer.other)
 
 
-# --- Taking them out -------------------------------------------------------------------------------------------------
+# --- Taking them out, and what else was changed ----------------------------------------------------------------------
 
 
 def functions_of(tree: ast.Module) -> dict[str, ast.FunctionDef]:
     """All functions and methods by their name, a method's with its class; of two with one name the later one."""
-    found = {}
+    return {name: node for name, node in members_of(tree).items() if isinstance(node, ast.FunctionDef)}
+
+
+def members_of(tree: ast.Module) -> dict[str, ast.stmt]:
+    """All functions, constants, methods and fields by their name, with that of the class; the last of each name."""
+    found: dict[str, ast.stmt] = {}
     for node in tree.body:
-        if isinstance(node, ast.FunctionDef):
-            found[node.name] = node
         if isinstance(node, ast.ClassDef):
-            methods = [line for line in node.body if isinstance(line, ast.FunctionDef)]
-            found.update({f"{node.name}.{method.name}": method for method in methods})
+            members = {f"{node.name}.{name}": member for name, member in _named(node.body)}
+        else:
+            members = dict(_named([node]))
+        found.update(members)
     return found
+
+
+def _named(statements: list[ast.stmt]) -> Iterator[tuple[str, ast.stmt]]:
+    for node in statements:
+        if isinstance(node, ast.FunctionDef):
+            yield node.name, node
+        elif isinstance(node, ast.Assign):
+            yield ast.unparse(node.targets[0]), node
+        elif isinstance(node, (ast.AnnAssign, ast.AugAssign)):
+            yield ast.unparse(node.target), node
 
 
 def message(number: int, gap: Gap) -> str:
@@ -279,3 +255,51 @@ def blank(source: str, keep: Collection[int] = ()) -> str:
     for start, end, text in sorted(cuts, reverse=True):
         lines[start:end] = [text]
     return "".join(lines)
+
+
+def blanks_left(tree: ast.Module, number: int) -> int:
+    """How many blanks of a part are left in a student's file."""
+    functions = functions_of(tree)
+    left = 0
+    for gap in PARTS[number - 1].gaps:
+        node = functions.get(gap.function)
+        texts = [ast.unparse(line) for line in ast.walk(node) if isinstance(line, ast.Raise)] if node else []
+        left += any(message(number, gap) in text for text in texts)
+    return left
+
+
+def changed_outside(tree: ast.Module) -> list[str]:
+    """What a student's file has otherwise than the original, outside the blanks: names, constants with their values."""
+    original = members_of(ast.parse(ORIGINAL.read_text(encoding="utf-8")))
+    theirs = members_of(tree)
+    changed = []
+    for name, node in original.items():
+        other = theirs.get(name)
+        gaps = [gap for part in PARTS for gap in part.gaps if gap.function == name]
+        if other is None:
+            changed.append(f"{name} (it is gone)")
+        elif gaps:
+            if not _around(node, gaps) <= {_text(line) for line in ast.walk(other) if isinstance(line, ast.stmt)}:
+                changed.append(f"{name}, around its blank (graded as it is)")
+        elif _text(other) != _text(node):
+            constant = isinstance(node, (ast.Assign, ast.AnnAssign))
+            changed.append(f"{_text(other)} (it was {ast.unparse(node.value)})" if constant else name)
+    return changed
+
+
+def _around(function: ast.FunctionDef, gaps: list[Gap]) -> set[str]:
+    """The statements of a function that no blank touches, and its head."""
+    taken_out = {id(line) for gap in gaps for line in gap.find(function)}
+    texts = set()
+    for line in whole_body(function):
+        if not any(id(inner) in taken_out for inner in ast.walk(line)):
+            texts.add(_text(line))
+    return texts
+
+
+def _text(node: ast.stmt) -> str:
+    """A statement without comments, and a function without its docstring: these may change."""
+    if isinstance(node, ast.FunctionDef):
+        node = copy.copy(node)
+        node.body = whole_body(node) or [ast.Pass()]
+    return ast.unparse(node)

@@ -18,17 +18,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # before torch is imported, as in sample.py
 from diffratio_mod import InputError
 
 PUBLIC = ("Config", "InputError", "Layer", "RoutedLayer", "DiT", "column_of", "ratio_loss", "tokens_processed")
 PUBLIC += ("ratio_gate", "schedule", "diffusion_loss", "sample_images")
 
 
-def load(path: Path, name: str = "diffratio_mod") -> types.ModuleType:
-    """The file as a module that can be imported under this name. Raises InputError if it is no solution."""
+def read_source(path: Path) -> str:
+    """The text of a Python file. Raises InputError if it is none."""
+    if path.exists() and not path.is_file():  # a folder, or a pipe that never ends
+        raise InputError(f"cannot read {path}: it is no file")
     try:
-        code = compile(path.read_text(encoding="utf-8-sig"), str(path), "exec")
+        source = path.read_text(encoding="utf-8-sig")
+        compile(source, str(path), "exec")
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -37,8 +39,14 @@ def load(path: Path, name: str = "diffratio_mod") -> types.ModuleType:
         ) from None
     except SyntaxError as error:
         raise InputError(f"{path}, line {error.lineno}: {error.msg}: Python cannot read it") from None
-    except ValueError as error:  # zero bytes
+    except (ValueError, RecursionError, MemoryError) as error:  # zero bytes; brackets without end
         raise InputError(f"{path} is no Python file: {error}") from None
+    return source
+
+
+def load(source: str, path: Path, name: str = "diffratio_mod") -> types.ModuleType:
+    """A source as a module that can be imported under this name. Raises InputError if it is no solution."""
+    code = compile(source, str(path), "exec")
     module = types.ModuleType(name)
     module.__file__ = str(path)
     before = sys.modules.get(name)
@@ -64,7 +72,8 @@ def run(arguments: list[str]) -> None:
     solution, script, *others = arguments
     if script != "-m" and not Path(script).is_file():
         raise InputError(f"there is no script {script} here; run this in the folder of the project")
-    load(Path(solution))
+    path = Path(solution)
+    load(read_source(path), path)
     try:
         if script == "-m":
             sys.argv = others
