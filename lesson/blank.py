@@ -125,7 +125,7 @@ class Watch:
         self.red: set[str] = set()
 
     def pytest_collection_modifyitems(self, items: list[pytest.Function]) -> None:
-        items[:] = [item for item in items if part_of(item) == self.part and item.name.startswith("test_method_")]
+        items[:] = [item for item in items if item.name.startswith("test_method_") and self.part in parts_of(item)]
 
     def pytest_runtest_protocol(self, item: pytest.Function) -> bool | None:
         return True if item.originalname in self.red else None  # True: it is done
@@ -166,10 +166,10 @@ class Watch:
         return re.sub(r"\b0x[0-9a-f]+", "0x...", text)[:500]
 
 
-def part_of(item: pytest.Function) -> int | None:
-    """The part of the lesson that a test belongs to."""
+def parts_of(item: pytest.Function) -> tuple[int | None, ...]:
+    """The parts of the lesson that a test belongs to."""
     mark = item.get_closest_marker("part")
-    return mark.args[0] if mark else None
+    return mark.args if mark else (None,)
 
 
 def run_pytest(plugin: object, *options: str) -> int:
@@ -242,8 +242,9 @@ def tests_of_parts() -> dict[int, list[str]]:
     class Collect:
         def pytest_collection_finish(self, session: pytest.Session) -> None:
             for item in session.items:
-                if part_of(item) in found:
-                    found[part_of(item)].append(item.name)
+                for part in parts_of(item):
+                    if part is not None:
+                        found[part].append(item.name)
 
     code = run_pytest(Collect(), "--collect-only")
     if code == pytest.ExitCode.INTERRUPTED:
@@ -310,8 +311,11 @@ def grade_part(source: str, path: Path, part: int, tests: list[str], limit: floa
         if event == "begun":
             begun = test
         if event in ("failed", "skipped", "stopped", "error"):
-            verdict = "wrong" if event in ("failed", "error") else event
             failures.append(failure(test or begun, text))
+            if event != "skipped":
+                verdict = "stopped" if event == "stopped" else "wrong"
+            elif verdict == "right":
+                verdict = "skipped"
     passed = {test for event, test, _ in events if event == "passed"}
     if reason:
         verdict = reason if reason.startswith("no end") else "stopped"
@@ -319,8 +323,6 @@ def grade_part(source: str, path: Path, part: int, tests: list[str], limit: floa
     elif not failures and passed != set(tests):
         verdict = "stopped"
         failures.append(failure(begun, f"{len(set(tests) - passed)} of {len(tests)} tests were not run to their end"))
-    if any(event == "failed" for event, _, _ in events) and verdict == "skipped":
-        verdict = "wrong"
     if left:
         verdict = "not finished"
     return Result(part, title, verdict, failures)
@@ -408,10 +410,14 @@ def hidden(path: Path) -> bool:
 
 
 def print_result(result: Result) -> None:
-    print(f"{result.part}  {result.title:32}{result.verdict}", flush=True)
+    print(f"{result.part}  {result.title:32}{result.verdict}")
+    said = set()
     for one in result.failures:
         print(textwrap.fill(one.property, 110, initial_indent=" " * 5, subsequent_indent=" " * 5))
-        print(textwrap.fill(one.message, 110, initial_indent=" " * 7, subsequent_indent=" " * 7), flush=True)
+        if one.message not in said:
+            print(textwrap.fill(one.message, 110, initial_indent=" " * 7, subsequent_indent=" " * 7))
+        said.add(one.message)
+    sys.stdout.flush()
 
 
 def print_line(one: Grade, width: int) -> None:
