@@ -174,7 +174,7 @@ def parts_of(item: pytest.Function) -> tuple[int | None, ...]:
 
 def run_pytest(plugin: object, *options: str) -> int:
     """Run the project's tests with a plugin, and no other ones; what they print is not shown."""
-    arguments = [str(TESTS), "--override-ini=addopts=", "--capture=no", *options]
+    arguments = [str(TESTS), "--override-ini=addopts=", "--capture=no", "--tb=native", *options]
     arguments += [
         f"-pno:{name}" for name in ("cacheprovider", "faulthandler", "unraisableexception", "threadexception")
     ]
@@ -186,7 +186,8 @@ def public_names() -> dict[str, object]:
     """What the tests lean on, and no answer may replace."""
     found = {}
     for owner in (builtins, pytest, torch, torch.Tensor, torch.nn.functional):
-        for name, value in vars(owner).items():
+        for name in dir(owner):
+            value = inspect.getattr_static(owner, name)
             if callable(value) and not name.startswith("_"):
                 found[f"{owner.__name__}.{name}"] = value
     return found
