@@ -1,9 +1,11 @@
-"""The notebook of the lesson: it runs from top to bottom, blank and filled in, and says which answers are wrong.
+"""The notebook of the lesson: it runs from top to bottom, and says which answers are wrong.
 
-Executing it needs nbformat, nbclient and ipykernel; where they are missing, only the kept file is looked at.
+Executing it needs nbformat, nbclient, ipykernel and matplotlib; where they are missing, only the kept file is looked
+at. To make the kept outputs anew: jupyter nbconvert --to notebook --execute --inplace lesson/notebook.ipynb
 """
 
 import copy
+import itertools
 import json
 import re
 from pathlib import Path
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 
 NOTEBOOK = Path(__file__).with_name("notebook.ipynb")
-FEWER = "IMAGES = 20\nSTEPS = 10\nBATCH = 8\nSAMPLING_STEPS = 2\nREPEATS = 1"
+FEWER = {"IMAGES": 20, "STEPS": 20, "BATCH": 8, "SAMPLING_STEPS": 2, "REPEATS": 1}  # in the cell tagged "setup"
 GATE = "ratio_gate"
 LAYER = "RoutedLayer"
 # Of each cell to fill in: what to change in its solution, into what, and what the check must then complain about.
@@ -26,6 +28,7 @@ WRONG_ANSWERS = [
     ),
     (GATE, "e.clamp(min=1)", "e", "at k = 64 of 64 it is not finite"),
     (GATE, "ratio.detach() - ratio", "ratio.detach() - ratio.detach()", "it has no slope"),
+    (GATE, "return (rank", "(rank", "is a `return` missing"),
     (LAYER, "rank < k_best, *context", "None, *context", "with a ratio its result is another"),
     (LAYER, "(2 * score)", "score", "its result is another"),
     (LAYER, "ratio = ratio.unsqueeze(1)", "ratio = ratio.detach().unsqueeze(1)", "no gradient reaches the ratio"),
@@ -59,7 +62,7 @@ def text_of(cell):
 def solutions(cells):
     """The source of each cell that is to be filled in, as the folded solution in the next cell has it."""
     sources = []
-    for cell, next_cell in zip(cells, cells[1:]):
+    for cell, next_cell in itertools.pairwise(cells):
         if is_tagged(cell, "fill-in"):
             (source,) = re.findall(r"```python\n(.*?)```", next_cell["source"], flags=re.DOTALL)
             sources.append(source)
@@ -71,11 +74,16 @@ def execute(cells):
     nbformat = pytest.importorskip("nbformat")
     nbclient = pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
+    pytest.importorskip("matplotlib")
     cells = copy.deepcopy(cells)
     for i, cell in enumerate(cells):
         cell["id"] = f"cell-{i}"
-        if is_tagged(cell, "parameters"):
-            cell["source"] = FEWER
+        if is_tagged(cell, "setup"):
+            for name, number in FEWER.items():
+                cell["source"], count = re.subn(
+                    rf"^{name} = \d+", f"{name} = {number}", cell["source"], flags=re.MULTILINE
+                )
+                assert count == 1, name
     notebook = nbformat.from_dict(read_notebook() | {"cells": cells})
     folder = {"metadata": {"path": str(NOTEBOOK.parent)}}
     nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3", resources=folder).execute()
@@ -87,34 +95,49 @@ def test_the_kept_file_has_the_outputs_of_one_whole_run_without_errors_and_is_sm
     outputs = [output for cell in code for output in cell["outputs"]]
     assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= 12
+    assert any("image/png" in output.get("data", {}) for output in code[1]["outputs"]), "the second cell has a picture"
     assert not any(output["output_type"] == "error" or output.get("name") == "stderr" for output in outputs)
-    assert NOTEBOOK.stat().st_size < 3_000_000
+    assert NOTEBOOK.stat().st_size < 1_500_000
 
 
-@pytest.mark.parametrize("filled_in", [False, True])
-def test_the_notebook_runs_and_its_checks_are_green_once_it_is_filled_in(filled_in):
+def test_what_only_prepares_measures_or_checks_is_folded_in_jupyter_and_in_colab():
+    for cell in read_notebook()["cells"]:
+        if cell["cell_type"] == "code":
+            is_folded = cell["metadata"].get("jupyter", {}).get("source_hidden", False)
+            assert is_folded == (cell["metadata"].get("cellView") == "form") == cell["source"].startswith("# @title")
+            if any(is_tagged(cell, tag) for tag in ("setup", "helpers", "check")):
+                assert is_folded
+            if is_tagged(cell, "fill-in"):
+                assert not is_folded
+
+
+def test_the_notebook_runs_and_its_checks_are_green_once_it_is_filled_in():
     cells = read_notebook()["cells"]
-    if filled_in:
-        blanks = [cell for cell in cells if is_tagged(cell, "fill-in")]
-        for cell, source in zip(blanks, solutions(cells), strict=True):
-            cell["source"] = source
+    blanks = [cell for cell in cells if is_tagged(cell, "fill-in")]
+    for cell, source in zip(blanks, solutions(cells), strict=True):
+        cell["source"] = source
     cells = execute(cells)  # raises an error that a cell raises
-    verdicts = [text_of(cell)[0] for cell in cells if is_tagged(cell, "check")]
-    assert verdicts == ["🟩" if filled_in else "⬜"] * 2
+    assert [text_of(cell)[0] for cell in cells if is_tagged(cell, "check")] == ["🟩", "🟩"]
 
 
-def test_a_wrong_answer_is_told_what_is_wrong():
+def test_a_blank_is_not_begun_and_a_wrong_answer_is_told_what_is_wrong():
     cells = read_notebook()["cells"]
-    blanks = [i for i, cell in enumerate(cells) if is_tagged(cell, "fill-in")]
+    setup = [cell for cell in cells if is_tagged(cell, "setup") or is_tagged(cell, "helpers")]
+    blanks = [cell for cell in cells if is_tagged(cell, "fill-in")]
     checks = [cell for cell in cells if is_tagged(cell, "check")]
-    setup = [cell for cell in cells[: blanks[0]] if cell["cell_type"] == "code"][:4]
     right = dict(zip((GATE, LAYER), solutions(cells), strict=True))
     check_of = dict(zip((GATE, LAYER), checks, strict=True))
-    parts = [*setup, checks[0] | {"source": right[GATE]}, checks[0]]
+    parts = [*setup, blanks[0], checks[0], blanks[1], checks[1], checks[0] | {"source": right[GATE]}, checks[0]]
+    first_answer = len(parts)
     for name, old, new, _ in WRONG_ANSWERS:
         assert old in right[name]
         parts.append(checks[0] | {"source": right[name].replace(old, new)})
         parts.append(check_of[name])
-    checked = execute(parts)[len(setup) + 3 :: 2]
+
+    cells = execute(parts)
+
+    begun = [cells[len(setup) + 1], cells[len(setup) + 3]]
+    assert all("not begun" in text_of(cell) for cell in begun)
+    checked = cells[first_answer + 1 :: 2]
     for cell, (name, old, new, complaint) in zip(checked, WRONG_ANSWERS, strict=True):
         assert f"🟥 {name}: not yet" in text_of(cell) and complaint in text_of(cell), (old, new, text_of(cell))
