@@ -431,6 +431,8 @@ def encode(config: Config, captions: Sequence[str]) -> Tensor:
     rows = []
     for caption in captions:
         words = words_of(caption)
+        if "an" not in ids:  # models are taught "a airplane"
+            words = ["a" if word == "an" else word for word in words]
         for word in words:
             if word not in ids:
                 close = "".join(f"did you mean {known!r}? " for known in difflib.get_close_matches(word, ids, 1))

@@ -12,19 +12,19 @@ prompts to images, what that costs, pictures, files, the command line.
 from __future__ import annotations
 
 import argparse
-import collections
 import contextlib
+import functools
 import json
 import math
 import os
+import re
 import sys
-import tempfile
 import textwrap
 import time
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # before torch: threads that wait soon sleep, so that others can work
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -90,34 +90,11 @@ def sampling_flops(
     """Floating-point operations to sample one image, as PyTorch counts them (2 for a multiply-add)."""
     with torch.device("meta"):  # shapes are all that counts
         model = DiT(config)
-        words = torch.zeros(2, config.caption_length, dtype=torch.long)
-        images = torch.zeros(2, 3, config.image_size, config.image_size)
-        t = torch.ones(2)
-        caption = model.encode_caption(words)
-
-    # A dry run of the sampler, which notes what it asks of the network; then each kind of call is counted once.
-    network = model.forward
-    calls: collections.Counter = collections.Counter()  # by number of images, and by k of the layers (dense: None)
-
-    def note_call(noisy: torch.Tensor, *_, k: list | None) -> torch.Tensor:
-        calls[len(noisy), None if k is None else tuple(k)] += 1
-        return noisy
-
-    model.forward = note_call
-    sample_images(model, words[:1], images[:1], steps, guidance, guidance_interval, ratios=ratios)
-
-    def count(function: Callable, *arguments, **options) -> int:
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # a form that it can count
-            function(*arguments, **options)
-        return counter.get_total_flops()
-
-    captions = max(batch for batch, _ in calls)  # 2 if guidance acts, 1 else
-    total = count(model.encode_caption, words[:captions])  # once for all steps
-    for (batch, k), times in calls.items():
-        noisy = known = images[:batch]
-        mask = images[:batch, :1]
-        total += times * count(network, noisy, t[:batch], caption[:batch], known, mask, k=k)
-    return total
+        words = torch.zeros(1, config.caption_length, dtype=torch.long)
+        noise = torch.zeros(1, 3, config.image_size, config.image_size)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # fused attention is not counted
+        sample_images(model, words, noise, steps, guidance, guidance_interval, ratios=ratios.detach().cpu())
+    return counter.get_total_flops()
 
 
 def record_routing(model: DiT, records: list) -> list:
@@ -135,10 +112,36 @@ def record_routing(model: DiT, records: list) -> list:
 
 # --- Pictures, all drawn with Pillow ---------------------------------------------------------------------------------
 
-FONT = ImageFont.load_default(15)
-SMALL_FONT = ImageFont.load_default(12)
 INK = (30, 30, 40)
 PAPER = (255, 255, 255)
+SIZE = 15  # of letters, in pixels
+SMALL = 12
+SYSTEM_FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "arial.ttf", "msyh.ttc", "malgun.ttf")
+
+
+@functools.cache
+def lettering(text: str, size: int) -> tuple[str, ImageFont.FreeTypeFont]:
+    """The text, and a font that has its letters: Pillow's own or one of the system's. Without one, é is e, and 猫 ?."""
+    own = ImageFont.load_default(size)
+    if has_letters(own, text):
+        return text, own
+    for name in SYSTEM_FONTS:
+        with contextlib.suppress(OSError):  # not on this system
+            font = ImageFont.truetype(name, size)
+            if has_letters(font, text):
+                return text, font
+    letters = [letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter)]
+    return "".join(letter if has_letters(own, letter) else "?" for letter in letters), own
+
+
+def has_letters(font: ImageFont.FreeTypeFont, text: str) -> bool:
+    box = bytes(font.getmask("\uffff"))  # what a font draws for a letter that it does not have
+    return all(letter.isspace() or bytes(font.getmask(letter)) != box for letter in text)
+
+
+def write(draw: ImageDraw.ImageDraw, place: tuple, text: str, anchor: str = "la", size: int = SMALL, **options) -> None:
+    text, font = lettering(text, size)
+    draw.text(place, text, options.pop("fill", INK), font, anchor, spacing=1, **options)
 
 
 def draw_grid(rows: list, title="", row_names=(), column_names=(), side=80, captions=False) -> Image.Image:
@@ -154,33 +157,33 @@ def draw_grid(rows: list, title="", row_names=(), column_names=(), side=80, capt
     cell_height = side + 4
     draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     if captions:  # under each image as much room as the longest caption needs
-        texts = [wrapped(text) for row in rows for _, text in row]
-        cell_height += 6 + max(math.ceil(draw.textbbox((0, 0), text, SMALL_FONT, spacing=1)[3]) for text in texts)
+        texts = [lettering(wrapped(text), SMALL) for row in rows for _, text in row]
+        cell_height += 6 + max(math.ceil(draw.textbbox((0, 0), text, font, spacing=1)[3]) for text, font in texts)
 
-    width = max(left + cell_width * len(rows[0]), margin + round(FONT.getlength(title))) + 10
+    title, font = lettering(title, SIZE)
+    width = max(left + cell_width * len(rows[0]), margin + round(font.getlength(title))) + 10
     sheet = Image.new("RGB", (width, top + cell_height * len(rows) + 10), PAPER)
     draw = ImageDraw.Draw(sheet)
-    draw.text((margin, 10), title, INK, FONT)
+    write(draw, (margin, 10), title, size=SIZE)
     for j, name in enumerate(column_names):
-        draw.text((left + j * cell_width, top - 4), name, INK, SMALL_FONT, "ld", 1)
+        write(draw, (left + j * cell_width, top - 4), name, "ld")
     for i, row in enumerate(rows):
         y = top + i * cell_height
         if row_names:
-            draw.text((margin, y + side / 2), row_names[i], INK, SMALL_FONT, "lm")
+            write(draw, (margin, y + side / 2), row_names[i], "lm")
         for j, (image, text) in enumerate(row):
             x = left + j * cell_width
             sheet.paste(Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST), (x, y))
             if captions:
-                draw.text((x, y + side + 1), wrapped(text), INK, SMALL_FONT, "la", 1)
+                write(draw, (x, y + side + 1), wrapped(text))
             else:
-                corner = (x + side - 3, y + side - 2)
-                draw.text(corner, text, INK, SMALL_FONT, "rd", stroke_width=2, stroke_fill=PAPER)
+                write(draw, (x + side - 3, y + side - 2), text, "rd", stroke_width=2, stroke_fill=PAPER)
     return sheet
 
 
 def draw_samples(images: np.ndarray, captions: Sequence[str], columns: int = 8) -> Image.Image:
-    """Images (B, S, S, 3), each over its caption."""
-    cells = list(zip(images, captions))
+    """Images (B, S, S, 3), each over its caption; "a airplane" is shown as "an airplane"."""
+    cells = [(image, re.sub(r"\ba (?=[aeiou])", "an ", caption)) for image, caption in zip(images, captions)]
     rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
     return draw_grid(rows, side=112, captions=True)
 
@@ -236,45 +239,96 @@ def draw_routing(model: DiT, prompts: Sequence[str], seed: int, **options) -> Im
     return draw_grid(rows, title, ["guess", *(f"layer {i + 1}" for i in range(len(rows) - 1))], names)
 
 
+def draw_curves(metrics: list[dict]) -> Image.Image:
+    """Loss, loss by noise level, and ratios over the steps, from the lines of metrics.jsonl."""
+    steps = [line["step"] for line in metrics]
+    loss = np.array([line["loss"] for line in metrics])
+    by_region = np.array([line["loss_by_region"] for line in metrics], dtype=float).T  # None becomes NaN
+    by_layer = np.array([np.mean(line["ratios"], axis=1) for line in metrics]).T
+    R = len(by_region)
+    losses = {f"t {i / R:.2g} to {(i + 1) / R:.2g}": curve for i, curve in enumerate(by_region)} | {"all": loss}
+    ratios = {f"layer {i + 1}": curve for i, curve in enumerate(by_layer)} | {"mean": by_layer.mean(axis=0)}
+    sheet = Image.new("RGB", (1500, 300), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw_panel(draw, 60, "loss, logarithmic axis", steps, {"all": loss}, logarithmic=True)
+    draw_panel(draw, 500, "loss by noise level, logarithmic axis", steps, losses, logarithmic=True)
+    draw_panel(draw, 1030, "ratio by layer", steps, ratios, logarithmic=False)
+    return sheet
+
+
+def draw_panel(draw: ImageDraw.ImageDraw, left: int, title: str, steps: list, curves: dict, logarithmic: bool) -> None:
+    """Named curves over the steps, from blue to red, the last one black, and a legend. What is NaN is left out."""
+    values = np.array([*curves.values()])
+    if logarithmic:
+        values = np.log10(values)
+    low = np.nanmin(values)
+    high = np.nanmax(values) + 0.01
+    width, top, bottom = 340, 40, 260
+    write(draw, (left, 12), title, size=SIZE)
+    draw.rectangle((left, top, left + width, bottom), outline=(200, 200, 205))
+
+    def x_of(step: float) -> float:
+        return left + width * step / steps[-1]
+
+    def y_of(value: float) -> float:
+        return bottom - (bottom - top) * (value - low) / (high - low)
+
+    for share in (0, 0.5, 1):
+        value = low + share * (high - low)
+        label = 10**value if logarithmic else value
+        write(draw, (left - 4, y_of(value)), f"{label:.2g}", "rm")
+        step = share * steps[-1]
+        write(draw, (x_of(step), bottom + 4), f"{step:.0f}", "ma")
+    named = range(0, len(curves), math.ceil(len(curves) / 12))  # of very many, some
+    for i, (name, curve) in enumerate(zip(curves, values)):
+        red = (i + 1) / len(curves)
+        colour = (round(255 * red), 70, round(255 * (1 - red)))
+        if i == len(curves) - 1:
+            colour = INK
+        curve = [curve[0], *curve]  # a line of metrics tells of the steps before it: the first from step 0 on
+        points = [(x_of(step), y_of(value)) for step, value in zip([0, *steps], curve) if not math.isnan(value)]
+        draw.line(points, colour, 2)
+        if i in named:
+            write(draw, (left + width + 8, top + 18 * named.index(i)), name, fill=colour)
+
+
 # --- Files -----------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def input_errors(about: str) -> Iterator[None]:
-    """Whatever goes wrong within becomes an InputError of one line: a damaged or hostile file can fail in any way."""
+    """What goes wrong while a file is read or written becomes an InputError of one line, with its cause.
+
+    A damaged or hostile file can fail in any way; but too little memory is no fault of a file.
+    """
     try:
         yield
+    except MemoryError:
+        raise
     except Exception as error:  # noqa: BLE001
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}".removeprefix("InputError: ")
         if "Weights only load failed" in reason:
             reason = "it holds code, or is damaged"
-        raise InputError(f"{about}: {reason[:400]}") from None
+        raise InputError(f"{about}: {reason[:400]}") from error
 
 
 @contextlib.contextmanager
 def replace_file(path: Path) -> Iterator:
-    """A file that takes the place of `path` when it is complete and on disk, and vanishes if anything goes wrong."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with input_errors(f"cannot write {path}, what was there before is safe"):
+    """A file that takes the place of `path` when it is complete, and vanishes if anything goes wrong."""
+    part = path.with_name(path.name + ".part")
+    with input_errors(f"cannot write {path}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(part, "wb") as file:
                 yield file
-                file.flush()
-                os.fsync(file.fileno())
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
 
 
-def check_output(path: Path) -> None:
-    """Raises InputError if no file can be written to this path. Asked before the work, not after."""
-    with input_errors(f"cannot write {path}"):
-        if path.is_dir():
-            raise InputError("it is a folder; give the name of a file")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
+def write_png(picture: Image.Image, path: Path) -> None:
+    with replace_file(path) as file:
+        picture.save(file, "PNG")
 
 
 def read_checkpoint(path: Path, weights: str = "ema") -> tuple[DiT, dict]:
@@ -301,10 +355,15 @@ def read_ratios(path: Path, depth: int) -> torch.Tensor:
         content = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(content, dict):
             content = content["ratios"]
-        ratios = torch.tensor(content, dtype=torch.float32)
-        if ratios.ndim != 2 or len(ratios) != depth or not ratios.numel() or not ((ratios >= 0) & (ratios < 1)).all():
-            raise InputError(f"it must have {depth} rows, one a layer, of ratios in [0, 1)")
-    return ratios
+        if not isinstance(content, list) or len(content) != depth or not all(isinstance(row, list) for row in content):
+            raise InputError(f"it must have {depth} rows, one a layer")
+        for i, row in enumerate(content, start=1):
+            if not row or len(row) != len(content[0]):
+                raise InputError(f"row {i} has {len(row)} values, the first one has {len(content[0])}")
+            for j, ratio in enumerate(row, start=1):
+                if type(ratio) not in (int, float) or not 0 <= ratio < 1:
+                    raise InputError(f"row {i}, column {j}: {json.dumps(ratio)[:40]} is no ratio in [0, 1)")
+    return torch.tensor(content, dtype=torch.float32)
 
 
 def read_picture(path: Path, size: int) -> np.ndarray:
@@ -312,7 +371,7 @@ def read_picture(path: Path, size: int) -> np.ndarray:
 
     Raises InputError, which names the file, if it cannot be read.
     """
-    with input_errors(f"cannot read the picture {path}; mend it, or take it away"), Image.open(path) as image:
+    with input_errors(f"cannot read the picture {path}; repair or remove it"), Image.open(path) as image:
         image.draft("RGB", (2 * size, 2 * size))  # a JPEG is decoded at down to an eighth of its size
         return to_square(ImageOps.exif_transpose(image), size)
 
@@ -378,13 +437,16 @@ def number(kind: type, low: float, high: float) -> Callable[[str], float]:
 
 def run_command(main: Callable[[], int | None]) -> None:
     """Run a command's main function; what is wrong becomes one printable line on standard error, and exit code 2."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # a path that the terminal cannot print ends nothing
+    if hasattr(sys.stdout, "reconfigure"):  # in a notebook it is another kind of stream
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path that the terminal cannot print ends nothing
     try:
         sys.exit(main())
     except KeyboardInterrupt:
         sys.exit(130)
-    except (InputError, OSError, MemoryError, torch.cuda.OutOfMemoryError) as error:  # OSError: a full disk, ...
-        print("error:", "".join(filter(str.isprintable, " ".join(str(error).split())))[:1000], file=sys.stderr)
+    except (InputError, OSError, MemoryError, torch.OutOfMemoryError) as error:  # OSError: a full disk, ...
+        about = "out of memory: " if isinstance(error, MemoryError | torch.OutOfMemoryError) else ""
+        line = about + " ".join(str(error).split())
+        print("error:", "".join(filter(str.isprintable, line))[:1000], file=sys.stderr)
         sys.exit(2)
 
 
@@ -392,9 +454,18 @@ def make_parser() -> Parser:
     parser = Parser(__doc__)
     add = parser.add_argument_group("what to draw").add_argument
     add("--checkpoint", type=Path, default=DEFAULT_CHECKPOINT, help="to sample from (default: assets/shapes_routed.pt)")
-    add("--prompt", action="append", help="what to draw; repeatable (default: prompts kept in the checkpoint)")
-    add("--num", type=number(int, 1, 10**6), default=1, help="images a prompt (default 1)")
-    add("--seed", type=number(int, 0, 2**40), default=0, help="seed of the noise (default 0)")
+    add(
+        "--prompt",
+        action="append",
+        help="what to draw; repeatable (default: those of the checkpoint, 16 or one a class)",
+    )
+    add(
+        "--num",
+        type=number(int, 1, 10**6),
+        default=1,
+        help="images a prompt, in turn: all prompts, then all again (default 1)",
+    )
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of the noise (default 0)")
     add("--inpaint", type=Path, metavar="PICTURE", help="fill a part of it; the prompt tells the whole picture")
     add("--mask", type=Path, metavar="PICTURE", help="of the same size; what is white in it is generated")
     add = parser.add_argument_group("how").add_argument
@@ -431,18 +502,25 @@ def table_of(args: argparse.Namespace, model: DiT) -> torch.Tensor:
 
 def check_outputs(args: argparse.Namespace, count: int) -> None:
     """Raises InputError if what the flags promise cannot be written, or would lie among pictures of another run."""
-    check_output(args.out)
+    files = [args.out]
     if args.routing_map:
-        check_output(routing_map_of(args.out))
-    if args.npz == args.out:
-        raise InputError(f"--npz and --out are both {args.out}; give two names")
+        files.append(routing_map_of(args.out))
     if args.npz:
-        check_output(args.npz)
+        files.append(args.npz)
     if args.png_dir:
-        check_output(args.png_dir / png_name(0))
+        files.append(args.png_dir / png_name(0))
         others = {path.name for path in args.png_dir.glob("*.png")} - {png_name(i) for i in range(count)}
         if others:
             raise InputError(f"--png-dir {args.png_dir} holds other pictures, as {min(others)}; give another folder")
+    if len(set(files)) < len(files):
+        raise InputError(f"--out and --npz are both {args.out}; give two names")
+    for path in files:  # before the work, not after
+        if path.is_dir():
+            raise InputError(f"cannot write {path}: it is a folder; give the name of a file")
+        with input_errors(f"cannot write {path}"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not os.access(path.parent, os.W_OK):
+                raise InputError("its folder is read-only")
 
 
 def png_name(number: int) -> str:
@@ -453,7 +531,19 @@ def routing_map_of(out: Path) -> Path:
     return out.with_name(out.stem + "-routing.png")
 
 
-def main() -> None:
+def draw_sheet(images: np.ndarray, captions: Sequence[str], options: dict) -> Image.Image:
+    """The first 64 images over their captions; in inpainting behind the picture and what the model sees of it."""
+    images = images[:64]
+    captions = captions[:64]
+    if "known" in options:
+        known, mask = options["known"], options["mask"]
+        given = to_uint8(torch.stack([known, known * (1 - mask)]))
+        images = np.concatenate([given, images])
+        captions = ["the picture", "what the model sees, grey to be filled", *captions]
+    return draw_samples(images, captions)
+
+
+def main() -> int | None:
     args = make_parser().parse_args()
     if (args.inpaint is None) != (args.mask is None):
         raise InputError("--inpaint and --mask go together")
@@ -476,32 +566,37 @@ def main() -> None:
     }
     if args.inpaint:
         options.update(read_inpainting(args.inpaint, args.mask, config.image_size))
-    prompts = args.prompt or checkpoint.get("prompts")
-    if not prompts:
-        raise InputError(f"{args.checkpoint} keeps no prompts; give a --prompt")
-    captions = [prompt for prompt in prompts for _ in range(args.num)]
-    encode(config, captions)  # which refuses unknown words
+    prompts = args.prompt or checkpoint["prompts"]
+    captions = prompts * args.num  # in turn, so that a larger --num only adds images at the end
+    encode(config, prompts)  # which refuses unknown words
     check_outputs(args, len(captions))
 
     with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
         warm_up = dict(options, steps=1)  # what is done but once should not count
         images_from_prompts(model, captions[: args.batch_size], args.seed, **warm_up)
-        start = time.perf_counter()
-        batches = []
-        for first in tqdm(range(0, len(captions), args.batch_size), unit="batch", disable=None):
-            batch = captions[first : first + args.batch_size]
-            batches.append(images_from_prompts(model, batch, args.seed, first, **options))
-        seconds = time.perf_counter() - start
-        images = np.concatenate(batches)
+        images = np.empty((len(captions), config.image_size, config.image_size, 3), np.uint8)
+        seconds = 0.0
+        done = 0
+        try:
+            for first in tqdm(range(0, len(captions), args.batch_size), unit="batch", disable=None):
+                batch = captions[first : first + args.batch_size]
+                start = time.perf_counter()
+                images[first : first + len(batch)] = images_from_prompts(model, batch, args.seed, first, **options)
+                seconds += time.perf_counter() - start
+                if args.png_dir:
+                    for i in range(first, first + len(batch)):
+                        write_png(Image.fromarray(images[i]), args.png_dir / png_name(i))
+                done += len(batch)
+        except KeyboardInterrupt:
+            where = f", {done} of them in {args.png_dir}" if args.png_dir else ", nothing is written"
+            print(f"stopped after {done} of {len(captions)} images{where}", file=sys.stderr)
+            return 130
 
-        # The arrays first, the drawings after: what fails there loses nothing.
+        # The array first, the drawings after: what fails there loses nothing.
         if args.npz:
             with replace_file(args.npz) as file:
                 np.savez(file, arr_0=images)
-        if args.png_dir:
-            for i, image in enumerate(images):
-                write_png(Image.fromarray(image), args.png_dir / png_name(i))
-        write_png(draw_samples(images[:64], captions[:64]), args.out)
+        write_png(draw_sheet(images, captions, options), args.out)
         if args.routing_map:
             write_png(draw_routing(model, captions[:3], args.seed, **options), routing_map_of(args.out))
 
@@ -516,6 +611,8 @@ def main() -> None:
         print("the sheet shows the first 64 images")
     if args.routing_map and len(images) > 3:
         print("the routing map shows the first 3 images")
+    if not args.routing_map and routing_map_of(args.out).exists():
+        print(f"note: {routing_map_of(args.out)} is of an earlier run")
     written = [args.out]
     if args.routing_map:
         written.append(routing_map_of(args.out))
@@ -524,11 +621,7 @@ def main() -> None:
     if args.png_dir:
         written.append(args.png_dir)
     print("wrote", *written)
-
-
-def write_png(picture: Image.Image, path: Path) -> None:
-    with replace_file(path) as file:
-        picture.save(file, "PNG")
+    return None
 
 
 if __name__ == "__main__":

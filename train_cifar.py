@@ -9,7 +9,7 @@ Leaves in a run folder (--out, default runs/DATASET): checkpoint.pt, metrics.jso
 the pictures curves, ratios, samples and routing (which tokens a layer processed). Table and pictures are made anew at
 each quarter of the run.
 
-From top to bottom: settings, data, model and optimizers, the loop, what is written, the command.
+Read it from the loop, `train`, outwards: what a step calls, how a run begins, the settings, the data, the command.
 """
 
 from __future__ import annotations
@@ -18,25 +18,21 @@ import argparse
 import collections
 import contextlib
 import copy
-import importlib.util
 import json
-import math
 import os
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # before torch: threads that wait soon sleep, so that others can work
 import numpy as np
 import torch
 import torchvision
-from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
@@ -54,11 +50,8 @@ from diffratio_mod import (
     words_of,
 )
 from sample import (
-    FONT,
-    INK,
-    PAPER,
-    SMALL_FONT,
     Parser,
+    draw_curves,
     draw_ratios,
     draw_routing,
     draw_samples,
@@ -71,16 +64,364 @@ from sample import (
     replace_file,
     run_command,
     to_square,
+    write_png,
 )
+
+# --- A run, and its loop ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """The state of a training run; a checkpoint holds all of it but the data."""
+
+    settings: argparse.Namespace  # all filled in
+    data: Shapes | Pictures
+    model: DiT  # what is trained
+    ema: DiT  # its average over the last steps, used for sampling
+    adamw: torch.optim.AdamW
+    muon: torch.optim.Muon
+    # Sums since the last line of metrics. They stay on the device: to read them makes a GPU wait.
+    loss_sums: Tensor  # (R,), of the losses of the images, by timestep region
+    image_counts: Tensor  # (R,)
+    norm_sum: Tensor  # (), of the gradient norms of the steps
+    summed_steps: int = 0  # how many these are
+    step: int = 0  # steps done
+    seconds: float = 0.0  # spent, pictures and checkpoints included
+    metrics: list[dict] = field(default_factory=list)  # the lines of metrics.jsonl
+    made_by: list[dict] = field(default_factory=list)  # the commands, with the version of PyTorch
+
+
+def train(run: Run, out: Path, pictures: bool = True) -> int | None:
+    """Train to the last step, and leave in the folder `out` what a run leaves there, with or without its pictures.
+
+    Returns the number of the signal that stopped it, saved, or None. Raises InputError if a loss is not finite.
+    """
+    s, model = run.settings, run.model
+    loss_of = torch.compile(diffusion_loss, fullgraph=True) if s.compile else diffusion_loss
+    weights = [parameter for name, parameter in model.named_parameters() if name != "ratios"]
+    started = time.perf_counter() - run.seconds
+    save_checkpoint(run, out)  # before the first step: from now on the folder holds a run, and no other starts in it
+    last_save = time.perf_counter()
+
+    with stop_on_signals() as signals, tqdm(total=s.steps, initial=run.step, unit="step", dynamic_ncols=True) as bar:
+        while run.step < s.steps:
+            images, words, mask, t, eps = training_batch(run)
+            routed = s.mode != "dense" and run.step >= s.dense_steps
+            if routed and s.mode == "uniform":
+                model.ratios.data.fill_(s.target_ratio)
+
+            with precision(s, t.device):
+                losses = loss_of(model, images, words, mask, t, eps, routed)  # (B,)
+            loss = losses.mean()
+            if routed and model.ratios.requires_grad:
+                loss = loss + s.ratio_weight * ratio_loss(model.ratios, s.target_ratio)
+
+            model.zero_grad()
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            for group in run.adamw.param_groups + run.muon.param_groups:
+                group["lr"] = group["peak"] * share_of_peak(run.step, s.steps)
+            run.adamw.step()
+            run.muon.step()
+            model.clamp_ratios()
+            update_average(run)
+            add_to_sums(run, t, losses, norm)
+            run.step += 1
+            bar.update()
+
+            finished = run.step == s.steps
+            pictures_are_due = finished or run.step in (s.steps // 4, s.steps // 2, 3 * s.steps // 4)
+            metrics_are_due = finished or run.step % s.log_every == 0
+            minutes_since_save = (time.perf_counter() - last_save) / 60
+            save_is_due = pictures_are_due or signals or minutes_since_save >= s.save_every
+            if metrics_are_due or save_is_due:
+                check_sums(run)  # which reads them: a GPU is done with its work then
+                run.seconds = time.perf_counter() - started
+            if metrics_are_due:
+                line = add_metrics(run, out)
+                bar.set_postfix_str(f"loss {line['loss']:.4f}, ratio {line['mean_ratio']:.3f}")
+            if save_is_due:
+                save_checkpoint(run, out)
+                last_save = time.perf_counter()
+            if signals:
+                return signals[0]
+            if pictures and pictures_are_due:
+                write_pictures(run, out)
+    run.seconds = time.perf_counter() - started
+    return None
+
+
+# --- What a step calls, in the order of the calls --------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[list[int]]:
+    """A list that will hold the signal to stop after the step that runs. A second one ends the process at once.
+
+    Ctrl-C, kill, a scheduler's warning, a closed terminal (some are not there on Windows). Afterwards all is as it was.
+    """
+    received: list[int] = []
+    before = {}
+
+    def stop(number: int, _) -> None:
+        received.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    if threading.current_thread() is threading.main_thread():  # no other thread may handle signals
+        for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                before[number] = signal.signal(number, stop)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def training_batch(run: Run) -> tuple[Tensor, ...]:
+    """What diffusion_loss takes, for the step that comes: images, words, mask, t and eps, on the device.
+
+    All of it is drawn from seed and step, so that a resumed run draws what an unbroken one would.
+    """
+    s = run.settings
+    rng = torch.Generator().manual_seed(s.seed * 1_000_000_007 + run.step)
+    images, captions, _ = run.data.batch(s.batch_size, rng)
+    words = encode(run.model.config, captions)
+    words[torch.rand(s.batch_size, generator=rng) < 0.1] = 0  # the null caption, for classifier-free guidance
+    mask = random_masks(s.batch_size, s.image_size, rng)
+    t = random_noise_levels(s.batch_size, *s.noise, rng)
+    eps = torch.randn(images.shape, generator=rng)
+    batch = (images, words, mask, t, eps)
+    device = run.model.ratios.device
+    if device.type == "cuda":  # from pinned memory, a copy does not wait for what the GPU has still to do
+        return tuple(z.pin_memory().to(device, non_blocking=True) for z in batch)
+    return tuple(z.to(device) for z in batch)
+
+
+@contextlib.contextmanager
+def precision(s: argparse.Namespace, device: torch.device) -> Iterator[None]:
+    """What the forward pass computes in: bfloat16 with --amp, else float32."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.autocast(device.type, torch.bfloat16, enabled=s.amp))
+        if s.amp and device.type == "cpu":  # in bfloat16, a CPU's fused attention is slow backwards
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        yield
+
+
+def share_of_peak(step: int, steps: int) -> float:
+    """The learning rate of a step: a short warm-up, a plateau, and a linear decay over the last 40 % of the steps."""
+    rising = (step + 1) / min(100, 0.1 * steps + 1)
+    falling = (steps - step) / (0.4 * steps)
+    return min(1.0, rising, falling)
+
+
+@torch.no_grad()
+def update_average(run: Run) -> None:
+    """The average over about the last tenth of the run, at most 2,000 steps."""
+    decay = min(0.9995, run.step / (run.step + 9))
+    torch._foreach_lerp_(list(run.ema.parameters()), list(run.model.parameters()), 1 - decay)
+    run.ema.ratios.copy_(run.model.ratios)  # not averaged: the weights fit the k that they have now
+
+
+@torch.no_grad()
+def add_to_sums(run: Run, t: Tensor, losses: Tensor, norm: Tensor) -> None:
+    """Count a step's losses (B,) in their timestep regions, and its gradient norm."""
+    losses = losses.float()
+    region = column_of(t, run.settings.timestep_regions)
+    run.loss_sums.index_add_(0, region, losses)
+    run.image_counts.index_add_(0, region, torch.ones_like(losses))
+    run.norm_sum += norm
+    run.summed_steps += 1
+
+
+def check_sums(run: Run) -> None:
+    """Raises InputError if a loss or a gradient since the last line of metrics was not finite."""
+    if not (run.loss_sums.isfinite().all() and run.norm_sum.isfinite()):
+        steps = f"in steps {run.step - run.summed_steps + 1} to {run.step}"
+        raise InputError(f"loss or gradient not finite {steps}; what was saved is good; try a lower --lr in a new run")
+
+
+def add_metrics(run: Run, out: Path) -> dict:
+    """Append a line to metrics.jsonl, of the steps since the last one, and return it; the sums begin anew."""
+    losses = run.loss_sums.tolist()
+    images = run.image_counts.tolist()
+    ratios = run.ema.ratios.detach().cpu()
+    line = {
+        "step": run.step,
+        "seconds": round(run.seconds, 2),
+        "loss": sum(losses) / sum(images),
+        "loss_by_region": [loss / count if count else None for loss, count in zip(losses, images)],
+        "gradient_norm": float(run.norm_sum) / run.summed_steps,
+        "mean_ratio": float(ratios.mean()),
+        "ratios": np.round(ratios.tolist(), 4).tolist(),
+    }
+    run.metrics.append(line)
+    run.loss_sums.zero_()
+    run.image_counts.zero_()
+    run.norm_sum.zero_()
+    run.summed_steps = 0
+    with by_product("metrics.jsonl"), open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+    return line
+
+
+def save_checkpoint(run: Run, out: Path) -> None:
+    """Write checkpoint.pt, from which the run can go on and sample.py can sample.
+
+    metrics.jsonl is written anew: whatever became of the file, it has this run's lines.
+    """
+    state = {
+        "config": asdict(run.model.config),
+        "prompts": list(run.data.prompts),
+        "pictures": run.data.length,
+        "settings": vars(run.settings),
+        "model": run.model.state_dict(),
+        "ema": run.ema.state_dict(),
+        "adamw": run.adamw.state_dict(),
+        "muon": run.muon.state_dict(),
+        "loss_sums": run.loss_sums,
+        "image_counts": run.image_counts,
+        "norm_sum": run.norm_sum,
+        "summed_steps": run.summed_steps,
+        "step": run.step,
+        "seconds": run.seconds,
+        "metrics": run.metrics,
+        "made_by": run.made_by,
+    }
+    with replace_file(out / "checkpoint.pt") as file:
+        torch.save(state, file)
+    with by_product("metrics.jsonl"), replace_file(out / "metrics.jsonl") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in run.metrics).encode())
+
+
+@contextlib.contextmanager
+def by_product(name: str) -> Iterator[None]:
+    """What goes wrong with a picture or a line of metrics is a warning: the run and its checkpoint matter more."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 (a full disk, no memory to draw, ...)
+        tqdm.write(f"warning: no {name}: {type(error).__name__}: {error}; the training goes on", file=sys.stderr)
+
+
+def write_pictures(run: Run, out: Path) -> None:
+    """Write the learned table and the pictures, from the averaged weights."""
+    s = run.settings
+    prompts = run.data.prompts[:32]
+    ratios = run.ema.ratios.detach()
+    title = f"Share of tokens that bypass, {s.mode}, mean {float(ratios.mean()):.3f}"
+    with by_product("ratios.json"), replace_file(out / "ratios.json") as file:
+        file.write(table_as_json(ratios, s).encode())
+
+    pictures = {
+        "samples": lambda: draw_samples(images_from_prompts(run.ema, prompts, s.seed), prompts),
+        "ratios": lambda: draw_ratios(ratios, title),
+    }
+    if run.metrics:
+        pictures["curves"] = lambda: draw_curves(run.metrics)
+    if s.mode != "dense":
+        pictures["routing"] = lambda: draw_routing(run.ema, prompts[:3], s.seed)
+    for name, draw in pictures.items():
+        with by_product(f"{name}.png"):
+            write_png(draw(), out / f"{name}.png")
+
+
+def table_as_json(ratios: Tensor, s: argparse.Namespace) -> str:
+    """The table (L, C) as sample.py --ratios reads it, with a line for each layer."""
+    about = {
+        "about": "share of tokens that bypass; a row a layer, a column a timestep region, the least noisy first",
+        "mode": s.mode,
+        "target": s.target_ratio,
+        "mean": float(ratios.mean()),
+    }
+    lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in about.items()]
+    rows = [f"  {json.dumps(row)}" for row in np.round(ratios.tolist(), 4).tolist()]
+    lines.append(' "ratios": [\n' + ",\n".join(rows) + "]")
+    return "{\n" + ",\n".join(lines) + "\n}"
+
+
+# --- How a run begins ------------------------------------------------------------------------------------------------
+
+
+def start_run(s: argparse.Namespace, checkpoint: dict | None = None) -> Run:
+    """A run before its first step, with random weights or those of --init; or where a checkpoint left it."""
+    if s.compile and not (os.environ.get("CXX") or any(map(shutil.which, ("c++", "g++", "clang++", "cl")))):
+        raise InputError("--compile needs a C++ compiler, as g++; install one, or leave the flag out")
+    device = pick_device(s.device)
+    data = load_data(s)
+    torch.manual_seed(s.seed)
+    sizes = {name: getattr(s, name) for name in NETWORK}
+    config = Config(
+        data.vocabulary, **sizes, caption_length=data.caption_length, mode=s.mode, regions=s.timestep_regions
+    )
+    model = DiT(config).to(device)
+    ema = copy.deepcopy(model).eval()
+
+    # Muon (Jordan et al. 2024) makes each update orthogonal, which suits the layers' matrices. AdamW takes the rest;
+    # the ratios have a learning rate of their own, and no weight decay: they should not drift to zero.
+    matrices, others = [], []
+    for name, parameter in model.named_parameters():
+        if ".layer." in name and name.endswith("weight"):
+            matrices.append(parameter)
+        elif name != "ratios":
+            others.append(parameter)
+    groups = [{"params": others, "peak": s.lr}, {"params": [model.ratios], "peak": s.ratio_lr, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.99), weight_decay=0.01)
+    muon = torch.optim.Muon([{"params": matrices, "peak": s.muon_lr}], lr=0.0, weight_decay=0.0)
+    loss_sums = torch.zeros(s.timestep_regions, device=device)
+    image_counts = torch.zeros(s.timestep_regions, device=device)
+    norm_sum = torch.zeros((), device=device)
+    run = Run(s, data, model, ema, adamw, muon, loss_sums, image_counts, norm_sum)
+    run.made_by = [{"command": shlex.join(["python", *sys.argv]), "torch": str(torch.__version__)}]
+    if checkpoint:
+        restore(run, checkpoint)
+    elif s.init:
+        take_weights(run, s.init)
+    return run
+
+
+def take_weights(run: Run, init: str) -> None:
+    """Start from the averaged weights of a checkpoint, as far as they mean the same here; prints what does not."""
+    source = read_checkpoint(Path(init))[0]
+    own, other = run.model.config, source.config
+    unfit = []
+    if (own.mode, own.regions) != (other.mode, other.regions):
+        unfit.append("ratios")
+        if other.mode != "dense":
+            print(f"{init} has another kind of table: not taken, the ratios start at zero", file=sys.stderr)
+    if (own.vocabulary, own.caption_length) != (other.vocabulary, other.caption_length):
+        unfit += ["embed_word.weight", "word_positions"]
+        print(f"{init} knows other captions: its words are not taken, but start anew", file=sys.stderr)
+    weights = {name: value for name, value in source.state_dict().items() if name not in unfit}
+    run.model.load_state_dict(weights, strict=False)
+    run.ema.load_state_dict(run.model.state_dict())
+
+
+def restore(run: Run, checkpoint: dict) -> None:
+    """Bring a run to where a checkpoint left it. Raises InputError if that was of other data or another network."""
+    if checkpoint["config"] != asdict(run.model.config):
+        raise InputError("the run cannot go on: its words or sizes are not those of the data")
+    if checkpoint["pictures"] != run.data.length:
+        raise InputError(
+            f"the run cannot go on: it began with {checkpoint['pictures']} pictures, now there are {run.data.length}"
+        )
+    run.model.load_state_dict(checkpoint["model"])
+    run.ema.load_state_dict(checkpoint["ema"])
+    run.adamw.load_state_dict(checkpoint["adamw"])
+    run.muon.load_state_dict(checkpoint["muon"])
+    run.loss_sums.copy_(checkpoint["loss_sums"])
+    run.image_counts.copy_(checkpoint["image_counts"])
+    run.norm_sum.copy_(checkpoint["norm_sum"])
+    run.summed_steps = checkpoint["summed_steps"]
+    run.step = checkpoint["step"]
+    run.seconds = checkpoint["seconds"]
+    run.metrics = checkpoint["metrics"]
+    run.made_by = checkpoint["made_by"] + run.made_by
+
 
 # --- Settings --------------------------------------------------------------------------------------------------------
 
-TORCHVISION = {  # our names of data sets, and torchvision's
-    "cifar10": "CIFAR10",
-    "cifar100": "CIFAR100",
-    "fashion_mnist": "FashionMNIST",
-    "svhn": "SVHN",
-}
+TORCHVISION = {"cifar10": "CIFAR10", "cifar100": "CIFAR100", "fashion_mnist": "FashionMNIST"}  # our names, its names
 NETWORK = ("image_size", "patch_size", "dim", "depth", "heads")  # taken from the checkpoint with --init
 MAY_CHANGE = ("out", "resume", "steps", "device", "data_dir", "log_every", "save_every", "compile")  # with --resume
 
@@ -95,15 +436,15 @@ def make_parser() -> Parser:
     add = parser.add_argument_group("the run").add_argument
     add("--dataset", choices=("shapes", *TORCHVISION, "folder"), default="cifar10", help="default cifar10")
     add("--data-dir", default="data", help="folder with the data set, or to download it to (default data)")
-    add("--no-flip", action="store_true", help="never mirror a picture, as for letters (digits never are)")
+    add("--no-flip", action="store_true", help="never mirror a picture, as for letters")
     add("--out", help="run folder (default runs/DATASET)")
     add("--init", help="start from the weights of this checkpoint")
     add("--resume", action="store_true", help="go on with the run in --out, for longer if --steps says so")
     add("--steps", type=count, help="in all (default 750 for shapes with --init, 3000 without; else 30000)")
     add("--batch-size", type=number(int, 1, 2**16), default=64, help="images a step (default 64)")
-    add("--seed", type=count_or_none, default=0, help="of weights, data and noise (default 0)")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of weights, data and noise (default 0)")
     add("--log-every", type=count, default=20, help="steps between lines of metrics.jsonl (default 20)")
-    add("--save-every", type=count, default=200, help="steps between checkpoints (default 200)")
+    add("--save-every", type=number(float, 0, 1e6), default=5.0, help="minutes between checkpoints (default 5)")
     add("--device", default="auto", help="auto, cuda, mps or cpu (default auto)")
     add("--amp", action="store_true", help="run the network in bfloat16 (default off)")
     add("--compile", action="store_true", help="compile the loss; needs a C++ compiler (default off)")
@@ -148,28 +489,79 @@ def fill_defaults(given: argparse.Namespace) -> argparse.Namespace:
     default("dim", 128)
     default("depth", 6)
     default("heads", 4)
-    Config(("word",), **network_of(s))  # refuses bad sizes at once
 
     if not shapes:
         default("steps", 30_000)
     default("steps", 750 if s.init else 3000)
-    default("dense_steps", 0 if s.init else round(0.6 * s.steps))
+    default("dense_steps", 0 if s.init else min(round(0.6 * s.steps), s.steps - 1))
+    if s.mode != "dense" and s.dense_steps >= s.steps:
+        raise InputError(f"--dense-steps {s.dense_steps} leave no step for routing: they must be fewer than --steps")
     gentleness = 0.25 if s.init else 1.0  # a trained network is changed more gently
     default("lr", gentleness * 3e-3 * 128 / s.dim)
     default("muon_lr", gentleness * 0.01)
     if shapes and not s.init:
         default("noise", [0.0, 1.6])  # much noise teaches layout
     default("noise", [-1.0, 1.2])
+    if s.noise[1] < 0:
+        raise InputError(f"the deviation of --noise must not be negative, as {s.noise[1]:g} is")
     return s
 
 
-def network_of(s: argparse.Namespace) -> dict:
-    """What the settings say of a Config."""
-    sizes = {name: getattr(s, name) for name in NETWORK}
-    return sizes | {"mode": s.mode, "regions": s.timestep_regions}
+def read_settings(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Path, dict | None]:
+    """The settings, the run folder and, with --resume, its checkpoint. Raises InputError if they do not fit."""
+    given = make_parser().parse_args(argv)
+    out = Path(given.out or f"runs/{given.dataset}")
+    path = out / "checkpoint.pt"
+    if not given.resume:
+        if path.exists():
+            raise InputError(f"{out} holds a run already, and --resume goes on with it; another --out starts a new one")
+        return fill_defaults(given), out, None
+    if not path.exists():
+        raise InputError(f"{out} holds no run to go on with; another --out starts a new one")
+
+    checkpoint = read_checkpoint(path, "model")[1]
+    if "settings" not in checkpoint:
+        raise InputError(f"{path} holds weights alone, no run to go on with; --init starts from them")
+    saved = checkpoint["settings"]
+    s = make_parser().parse_args(argv, argparse.Namespace(**saved))  # flags that are given replace the run's own
+    for name, value in saved.items():
+        if name not in MAY_CHANGE and getattr(s, name) != value:
+            raise InputError(f"cannot go on with {path}: its --{name.replace('_', '-')} is {value} and cannot change")
+    step = checkpoint["step"]
+    if s.steps < step:
+        raise InputError(f"{path} has done {step} steps, more than --steps {s.steps}")
+    if s.steps != saved["steps"]:
+        before, after = (share_of_peak(step, steps) for steps in (saved["steps"], s.steps))
+        rate = f"the learning rate goes from {before:.0%} to {after:.0%} of its peak, to fall over the last 40 %"
+        routing = "" if s.mode == "dense" else f"; the {s.dense_steps} dense steps stay as they were"
+        print(f"--steps {s.steps} in place of {saved['steps']}: {rate}{routing}", file=sys.stderr)
+    return s, out, checkpoint
 
 
 # --- Data: images, captions, a vocabulary, and prompts to show -------------------------------------------------------
+
+
+def load_data(s: argparse.Namespace, part: str = "train") -> Shapes | Pictures:
+    """The data set of the settings dataset, data_dir, image_size, no_flip. part: "train" or "test".
+
+    Only training pictures are mirrored. Raises InputError if the data are not there, or not readable.
+    """
+    flip = part == "train" and not s.no_flip
+    if s.dataset == "shapes":
+        return Shapes(s.image_size)
+    if s.dataset == "folder":
+        return load_folder(Path(s.data_dir), part, s.image_size, flip)
+    with input_errors(f"no --dataset {s.dataset} in --data-dir {s.data_dir}, and no download (shapes needs no data)"):
+        dataset = getattr(torchvision.datasets, TORCHVISION[s.dataset])(
+            s.data_dir, train=part == "train", download=True
+        )
+    images = np.empty((len(dataset), s.image_size, s.image_size, 3), np.uint8)
+    labels = []
+    for i, (image, label) in enumerate(dataset):
+        images[i] = to_square(image, s.image_size)
+        labels.append(label)
+    return Pictures(images, labels, dataset.classes, flip)
+
 
 COLOURS = {  # RGB in [0, 1], far from each other in hue; backgrounds are nearly grey, so that a hue means an object
     "red": (0.90, 0.15, 0.15),
@@ -295,7 +687,10 @@ def draw_shapes(shape: Tensor, centre: Tensor, radius: Tensor, size: int) -> Ten
 
 
 class Pictures:
-    """Images (count, S, S, 3), uint8, captioned "a photo of a CLASS"; flip: half of them are mirrored at random."""
+    """Images (count, S, S, 3), uint8, captioned "a photo of a CLASS"; flip: half of them are mirrored at random.
+
+    Raises InputError if two classes would have the same caption.
+    """
 
     def __init__(self, images: np.ndarray, labels: Sequence[int], classes: Sequence[str], flip: bool) -> None:
         self.images = torch.from_numpy(images).permute(0, 3, 1, 2)
@@ -303,10 +698,12 @@ class Pictures:
         self.flip = flip
         self.length = len(images)
         self.captions = ["a photo of a " + " ".join(words_of(name.replace("_", " "))) for name in classes]
+        alike = [name for name, caption in zip(classes, self.captions) if self.captions.count(caption) > 1]
+        if alike:
+            raise InputError(f"the classes {', '.join(alike)} cannot be told apart by their captions: rename some")
+        self.prompts = self.captions  # to show: each class once
         self.vocabulary = tuple(dict.fromkeys(" ".join(self.captions).split()))  # each word once
         self.caption_length = max(8, max(len(caption.split()) for caption in self.captions))
-        shown = max(16, min(len(classes), 32))
-        self.prompts = (self.captions * 16)[:shown]
 
     def batch(self, count: int, rng: torch.Generator) -> tuple[Tensor, list[str], None]:
         """Images (count, 3, S, S) in [-1, 1] drawn with replacement, their captions, and no object masks."""
@@ -316,28 +713,6 @@ class Pictures:
         if self.flip:
             images = torch.where(mirrored, images.flip(3), images)
         return images, [self.captions[self.labels[row]] for row in rows.tolist()], None
-
-
-def load_data(s: argparse.Namespace, part: str = "train") -> Shapes | Pictures:
-    """The data set of the settings dataset, data_dir, image_size, no_flip. part: "train" or "test".
-
-    Only training pictures are mirrored, and no digits. Raises InputError if the data are not there, or not readable.
-    """
-    flip = part == "train" and s.dataset != "svhn" and not s.no_flip
-    if s.dataset == "shapes":
-        return Shapes(s.image_size)
-    if s.dataset == "folder":
-        return load_folder(Path(s.data_dir), part, s.image_size, flip)
-
-    if s.dataset == "svhn" and importlib.util.find_spec("scipy") is None:
-        raise InputError("--dataset svhn needs one more package: pip install scipy")
-    half = {"split": part} if s.dataset == "svhn" else {"train": part == "train"}
-    with input_errors(f"no --dataset {s.dataset} in --data-dir {s.data_dir}, and no download (shapes needs no data)"):
-        dataset = getattr(torchvision.datasets, TORCHVISION[s.dataset])(s.data_dir, download=True, **half)
-        pictures = [(to_square(image, s.image_size), label) for image, label in dataset]
-    images, labels = zip(*pictures)
-    classes = "0123456789" if s.dataset == "svhn" else dataset.classes
-    return Pictures(np.stack(images), labels, classes, flip)
 
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".gif", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
@@ -356,179 +731,55 @@ def load_folder(data_dir: Path, part: str, size: int, flip: bool) -> Pictures:
         wanted = f"they belong in {folder}/<class>/ and end in {' '.join(PICTURE_SUFFIXES)}"
         raise InputError(f"no pictures for --dataset folder in --data-dir {data_dir}; {wanted}; {found}")
     print(found, file=sys.stderr)
-    images = np.stack([read_picture(path, size) for path in tqdm(paths, "reading", unit="picture", disable=None)])
+    images = np.empty((len(paths), size, size, 3), np.uint8)
+    for i, path in enumerate(tqdm(paths, "reading", unit="picture", disable=None)):
+        images[i] = read_picture(path, size)
     labels = [label for label, paths in enumerate(by_class.values()) for _ in paths]
     return Pictures(images, labels, list(by_class), flip)
 
 
 def find_pictures(folder: Path) -> tuple[dict[str, list[Path]], collections.Counter]:
-    """The picture files of each class folder, in order, and what was left out: how many of each kind."""
+    """The picture files of each class folder, in order, and what was left out: how many of each kind.
+
+    Links to folders are followed, but each folder is read once a class, and none that holds the data set itself.
+    """
     by_class: dict[str, list[Path]] = {}
     left_out: collections.Counter = collections.Counter()
-    for where, _, names in sorted(os.walk(folder, followlinks=True)):
+    seen = {(None, place) for place in (folder.resolve(), *folder.resolve().parents)}  # class and folder
+    for where, folders, names in os.walk(folder, followlinks=True):
         place = Path(where).relative_to(folder).parts  # the class, and the folders in it
-        if any(hidden(part) for part in place):
-            continue
-        if place:
-            by_class.setdefault(place[0], [])
-        for name in sorted(names):
-            suffix = Path(name).suffix.lower()
+        for name in sorted(folders):
+            path = Path(where, name)
+            real = path.resolve()
+            class_name = place[0] if place else name
+            if hidden(name):
+                folders.remove(name)
+            elif (None, real) in seen or (class_name, real) in seen:
+                folders.remove(name)
+                left_out["link to a folder that is read already"] += 1
+            else:
+                seen.add((class_name, real))
+                by_class.setdefault(class_name, [])
+        for name in names:
+            path = Path(where, name)
+            suffix = path.suffix.lower()
             if hidden(name):
                 continue
             if suffix not in PICTURE_SUFFIXES:
                 left_out[suffix or "without a suffix"] += 1
+            elif not path.is_file():  # a pipe, a socket, a link to nothing
+                left_out["not a regular file"] += 1
             elif not place:
                 left_out["outside of the class folders"] += 1
             else:
-                by_class[place[0]].append(Path(where) / name)
-    for name in [name for name, paths in by_class.items() if not paths]:
-        del by_class[name]
-        left_out["class without pictures"] += 1
-    return by_class, left_out
+                by_class[place[0]].append(path)
+    left_out["class without pictures"] = sum(not paths for paths in by_class.values())
+    return {name: sorted(by_class[name]) for name in sorted(by_class) if by_class[name]}, +left_out
 
 
 def hidden(name: str) -> bool:
     """Whether a file or folder is what a system or an editor put there: .DS_Store, ._a.png, .ipynb_checkpoints."""
     return name.startswith(".") or name == "__MACOSX"
-
-
-def random_masks(count: int, size: int, rng: torch.Generator) -> Tensor:
-    """Masks for inpainting (count, 1, S, S), 1 = generate: a random box for one image in four, else all ones."""
-    start = 0.75 * torch.rand(count, 2, generator=rng)  # of the box, down and across, as shares of the side
-    end = start + 0.25 + (0.75 - start) * torch.rand(count, 2, generator=rng)  # sides of a quarter to the whole
-    grid = (torch.arange(size) + 0.5) / size
-    inside = (grid >= start[..., None]) & (grid < end[..., None])  # (count, 2, S)
-    box = inside[:, 0, :, None] & inside[:, 1, None, :]  # (count, S, S)
-    everywhere = torch.rand(count, 1, 1, 1, generator=rng) < 0.75
-    return (box[:, None] | everywhere).float()
-
-
-# --- Model and optimizers --------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Run:
-    """The state of a training run; a checkpoint holds all of it but the data."""
-
-    settings: argparse.Namespace  # all filled in
-    data: Shapes | Pictures
-    model: DiT  # what is trained
-    ema: DiT  # its average over the last steps, used for sampling
-    adamw: torch.optim.AdamW
-    muon: torch.optim.Muon
-    # Sums since the last line of metrics. They stay on the device: to read them makes a GPU wait.
-    loss_sums: Tensor  # (R,), of the losses of the images, by timestep region
-    image_counts: Tensor  # (R,)
-    norm_sum: Tensor  # (), of the gradient norms of the steps
-    summed_steps: int = 0  # how many these are
-    step: int = 0  # steps done
-    seconds: float = 0.0  # spent in them
-    metrics: list[dict] = field(default_factory=list)  # the lines of metrics.jsonl
-    made_by: list[dict] = field(default_factory=list)  # the commands, with the version of PyTorch
-
-
-def start_run(s: argparse.Namespace) -> Run:
-    """A run with random weights, before its first step."""
-    device = pick_device(s.device)
-    data = load_data(s)
-    torch.manual_seed(s.seed)
-    model = DiT(Config(data.vocabulary, caption_length=data.caption_length, **network_of(s))).to(device)
-    ema = copy.deepcopy(model).eval()
-
-    # Muon (Jordan et al. 2024) makes each update orthogonal, which suits the layers' matrices. AdamW takes the rest;
-    # the ratios have a learning rate of their own, and no weight decay: they should not drift to zero.
-    matrices, others = [], []
-    for name, parameter in model.named_parameters():
-        if ".layer." in name and name.endswith("weight"):
-            matrices.append(parameter)
-        elif name != "ratios":
-            others.append(parameter)
-    groups = [{"params": others, "peak": s.lr}, {"params": [model.ratios], "peak": s.ratio_lr, "weight_decay": 0.0}]
-    adamw = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.99), weight_decay=0.01)
-    muon = torch.optim.Muon([{"params": matrices, "peak": s.muon_lr}], lr=0.0, weight_decay=0.0)
-    none = torch.zeros(s.timestep_regions, device=device)
-    run = Run(s, data, model, ema, adamw, muon, none.clone(), none.clone(), torch.zeros((), device=device))
-    run.made_by = [{"command": command_line(sys.argv), "torch": str(torch.__version__)}]
-    return run
-
-
-def take_weights(run: Run, init: str) -> None:
-    """Start from the averaged weights of a checkpoint, as far as they mean the same here; prints what does not."""
-    source = read_checkpoint(Path(init))[0]
-    own, other = run.model.config, source.config
-    unfit = []
-    if (own.mode, own.regions) != (other.mode, other.regions):
-        unfit.append("ratios")
-        if other.mode != "dense":
-            print(f"{init} has another kind of table: not taken, the ratios start at zero", file=sys.stderr)
-    if (own.vocabulary, own.caption_length) != (other.vocabulary, other.caption_length):
-        unfit += ["embed_word.weight", "word_positions"]
-        print(f"{init} knows other captions: its words are not taken, but start anew", file=sys.stderr)
-    weights = {name: value for name, value in source.state_dict().items() if name not in unfit}
-    run.model.load_state_dict(weights, strict=False)
-    run.ema.load_state_dict(run.model.state_dict())
-
-
-def restore(run: Run, checkpoint: dict) -> None:
-    """Bring a run to where a checkpoint left it. Raises InputError if that was of other data or another network."""
-    with input_errors("the run cannot go on, its data or checkpoint is another"):
-        if checkpoint["config"] != asdict(run.model.config):
-            raise InputError("the words or sizes differ")
-        pictures = checkpoint.get("pictures", run.data.length)  # older checkpoints do not tell
-        if pictures != run.data.length:
-            raise InputError(f"it began with {pictures} pictures, now there are {run.data.length}")
-        run.model.load_state_dict(checkpoint["model"])
-        run.ema.load_state_dict(checkpoint["ema"])
-        run.adamw.load_state_dict(checkpoint["adamw"])
-        run.muon.load_state_dict(checkpoint["muon"])
-        run.loss_sums.copy_(checkpoint["sums"][0, :-1])
-        run.image_counts.copy_(checkpoint["sums"][1, :-1])
-        run.norm_sum.copy_(checkpoint["sums"][0, -1])
-        run.summed_steps = int(checkpoint["sums"][1, -1])
-        run.step = checkpoint["step"]
-        run.seconds = checkpoint["seconds"]
-        run.metrics = checkpoint["metrics"]
-        run.made_by = checkpoint["made_by"] + run.made_by
-
-
-# --- The loop --------------------------------------------------------------------------------------------------------
-
-
-def train(s: argparse.Namespace, checkpoint: dict | None = None) -> Iterator[Run]:
-    """Train; yields the run before the first step and after each. checkpoint: of a run that is to go on.
-
-    Randomness comes from seed and step, so a resumed run draws what an unbroken one would. Nothing is read back from
-    the device here.
-    """
-    if s.compile and not (os.environ.get("CXX") or any(map(shutil.which, ("c++", "g++", "clang++", "cl")))):
-        raise InputError("--compile needs a C++ compiler, as g++; install one, or leave the flag out")
-    run = start_run(s)
-    if checkpoint:
-        restore(run, checkpoint)
-    elif s.init:
-        take_weights(run, s.init)
-    yield run
-
-    loss_of = torch.compile(diffusion_loss, fullgraph=True) if s.compile else diffusion_loss
-    while run.step < s.steps:
-        start = time.perf_counter()
-        training_step(run, loss_of)
-        run.step += 1
-        run.seconds += time.perf_counter() - start
-        yield run
-
-
-def training_batch(run: Run) -> tuple[Tensor, ...]:
-    """What diffusion_loss takes, for the step that comes: images, words, mask, t and noise, on the device."""
-    s = run.settings
-    rng = torch.Generator().manual_seed(s.seed * 1_000_000_007 + run.step)
-    images, captions, _ = run.data.batch(s.batch_size, rng)
-    words = encode(run.model.config, captions)
-    words[torch.rand(s.batch_size, generator=rng) < 0.1] = 0  # the null caption, for classifier-free guidance
-    mask = random_masks(s.batch_size, s.image_size, rng)
-    t = random_noise_levels(s.batch_size, *s.noise, rng)
-    noise = torch.randn(images.shape, generator=rng)
-    return tuple(z.to(run.model.ratios.device) for z in (images, words, mask, t, noise))
 
 
 def even_noise_levels(count: int, generator: torch.Generator) -> Tensor:
@@ -546,332 +797,31 @@ def random_noise_levels(count: int, mean: float, deviation: float, rng: torch.Ge
     return (noise_over_signal.atan() / LARGEST_ANGLE).clamp(1e-3, 1)  # the inverse of `schedule`
 
 
-def training_step(run: Run, loss_of) -> None:
-    """One step of both optimizers, of the average, and of the sums for the metrics."""
-    s, model = run.settings, run.model
-    images, words, mask, t, noise = training_batch(run)
-    routed = run.step >= s.dense_steps and s.mode != "dense"
-    if routed and s.mode == "uniform":
-        model.ratios.data.fill_(s.target_ratio)
-
-    attention = contextlib.nullcontext()
-    if s.amp and t.device.type == "cpu":
-        attention = sdpa_kernel(SDPBackend.MATH)  # in bfloat16, a CPU's fused attention is slow backwards
-    with attention, torch.autocast(t.device.type, torch.bfloat16, enabled=s.amp):
-        losses = loss_of(model, images, words, mask, t, noise, routed)  # (B,)
-    loss = losses.mean()
-    if routed and model.ratios.requires_grad:
-        loss = loss + s.ratio_weight * ratio_loss(model.ratios, s.target_ratio)
-
-    model.zero_grad()
-    loss.backward()
-    weights = [parameter for name, parameter in model.named_parameters() if name != "ratios"]
-    norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
-    for group in run.adamw.param_groups + run.muon.param_groups:
-        group["lr"] = group["peak"] * share_of_peak(run.step, s.steps)
-    run.adamw.step()
-    run.muon.step()
-    model.clamp_ratios()
-
-    with torch.no_grad():
-        # Averaged over about the last tenth of the run, at most 2,000 steps; the ratios are not:
-        # the weights fit the k that they have now.
-        decay = min(0.9995, run.step / (run.step + 9))
-        torch._foreach_lerp_(list(run.ema.parameters()), list(model.parameters()), 1 - decay)
-        run.ema.ratios.copy_(model.ratios)
-        add_to_sums(run, t, losses.detach().float(), norm)
-
-
-def share_of_peak(step: int, steps: int) -> float:
-    """The learning rate of a step: a short warm-up, a plateau, and a linear decay over the last 40 % of the steps."""
-    rising = (step + 1) / min(100, 0.1 * steps + 1)
-    falling = (steps - step) / (0.4 * steps)
-    return min(1.0, rising, falling)
-
-
-def add_to_sums(run: Run, t: Tensor, losses: Tensor, norm: Tensor) -> None:
-    """Count a step's losses (B,) in their timestep regions, and its gradient norm."""
-    region = column_of(t, run.settings.timestep_regions)
-    loss_sums = torch.zeros_like(run.loss_sums).index_add_(0, region, losses)
-    image_counts = torch.zeros_like(run.image_counts).index_add_(0, region, torch.ones_like(losses))
-    # Once a sum is not finite, nothing is added any more: finite_sums then tells where that came first.
-    finite = run.loss_sums.isfinite().all() & run.norm_sum.isfinite()
-    run.loss_sums += torch.where(finite, loss_sums, 0.0)
-    run.norm_sum += torch.where(finite, norm, 0.0)
-    run.image_counts += image_counts
-    run.summed_steps += 1
-
-
-# --- What is written -------------------------------------------------------------------------------------------------
-
-
-def finite_sums(run: Run) -> Tensor:
-    """The sums since the last line of metrics, on the CPU: losses and images by region, then gradient norm and steps.
-
-    Shape (2, R + 1), as in the checkpoint. Raises InputError if a loss or a gradient was not finite.
-    """
-    losses = torch.cat([run.loss_sums, run.norm_sum[None]])
-    counts = torch.cat([run.image_counts, torch.full_like(run.norm_sum, run.summed_steps)[None]])
-    sums = torch.stack([losses, counts]).cpu()
-    if not sums.isfinite().all():
-        regions = (~sums[0, :-1].isfinite()).nonzero().flatten().add(1).tolist() or "none"
-        where = f"in steps {run.step - run.summed_steps + 1} to {run.step}, timestep regions {regions}"
-        raise InputError(f"loss or gradient not finite {where}; what was saved is good; try a lower --lr in a new run")
-    return sums
-
-
-def write_metrics(run: Run, out: Path) -> None:
-    """Append a line to metrics.jsonl: of the steps since the last one."""
-    sums = finite_sums(run)
-    losses, images = sums[:, :-1].tolist()
-    norm, steps = sums[:, -1].tolist()
-    ratios = run.ema.ratios.detach().cpu()
-    line = {
-        "step": run.step,
-        "seconds": round(run.seconds, 2),
-        "loss": sum(losses) / sum(images),
-        "loss_by_region": [loss / count if count else None for loss, count in zip(losses, images)],
-        "gradient_norm": norm / steps,
-        "mean_ratio": float(ratios.mean()),
-        "ratios": np.round(ratios.tolist(), 4).tolist(),
-    }
-    run.metrics.append(line)
-    run.loss_sums.zero_()
-    run.image_counts.zero_()
-    run.norm_sum.zero_()
-    run.summed_steps = 0
-    with by_product(), open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def save_checkpoint(run: Run, path: Path) -> None:
-    """Write a checkpoint from which the run can go on and sample.py can sample, never one that is not finite."""
-    state = {
-        "config": asdict(run.model.config),
-        "prompts": list(run.data.prompts),
-        "pictures": run.data.length,
-        "settings": vars(run.settings),
-        "model": run.model.state_dict(),
-        "ema": run.ema.state_dict(),
-        "adamw": run.adamw.state_dict(),
-        "muon": run.muon.state_dict(),
-        "sums": finite_sums(run),
-        "step": run.step,
-        "seconds": run.seconds,
-        "metrics": run.metrics,
-        "made_by": run.made_by,
-    }
-    with replace_file(path) as file:
-        torch.save(state, file)
-
-
-@contextlib.contextmanager
-def by_product() -> Iterator[None]:
-    """A picture or a line of metrics that cannot be written is a warning: the run and its checkpoint matter more."""
-    try:
-        yield
-    except (InputError, OSError) as error:
-        tqdm.write(f"warning: {error}; the training goes on", file=sys.stderr)
-
-
-def write_pictures(run: Run, out: Path) -> None:
-    """Write the learned table and the pictures, from the averaged weights."""
-    s, prompts = run.settings, run.data.prompts
-    ratios = run.ema.ratios.detach()
-    mean = float(ratios.mean())
-    with by_product(), replace_file(out / "ratios.json") as file:
-        file.write(table_as_json(ratios, s).encode())
-
-    pictures = {
-        "samples": draw_samples(images_from_prompts(run.ema, prompts, s.seed), prompts),
-        "ratios": draw_ratios(ratios, f"Share of tokens that bypass, {s.mode}, mean {mean:.3f}"),
-    }
-    if run.metrics:
-        pictures["curves"] = draw_curves(run.metrics)
-    if s.mode != "dense":
-        pictures["routing"] = draw_routing(run.ema, prompts[:3], s.seed)
-    for name, picture in pictures.items():
-        with by_product(), replace_file(out / f"{name}.png") as file:
-            picture.save(file, "PNG")
-
-
-def table_as_json(ratios: Tensor, s: argparse.Namespace) -> str:
-    """The table (L, C) as sample.py --ratios reads it, with a line for each layer."""
-    about = {
-        "about": "share of tokens that bypass; a row a layer, a column a timestep region, the least noisy first",
-        "mode": s.mode,
-        "target": s.target_ratio,
-        "mean": float(ratios.mean()),
-    }
-    lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in about.items()]
-    rows = [f"  {json.dumps(row)}" for row in np.round(ratios.tolist(), 4).tolist()]
-    lines.append(' "ratios": [\n' + ",\n".join(rows) + "]")
-    return "{\n" + ",\n".join(lines) + "\n}"
-
-
-def draw_curves(metrics: list[dict]) -> Image.Image:
-    """Loss, loss by noise level, and ratios over the steps, from the lines of metrics.jsonl."""
-    steps = [line["step"] for line in metrics]
-    loss = np.array([line["loss"] for line in metrics])
-    by_region = np.array([line["loss_by_region"] for line in metrics], dtype=float)  # None becomes NaN
-    by_layer = np.array([np.mean(line["ratios"], axis=1) for line in metrics])
-    sheet = Image.new("RGB", (1290, 300), PAPER)
-    draw = ImageDraw.Draw(sheet)
-    draw_panel(draw, 60, "loss", steps, [], loss, logarithmic=True)
-    title = "loss by noise level, blue clean to red noisy; black: all"
-    draw_panel(draw, 490, title, steps, by_region.T, loss, logarithmic=True)
-    title = "ratio by layer, blue first to red last; black: mean"
-    draw_panel(draw, 920, title, steps, by_layer.T, by_layer.mean(axis=1), logarithmic=False)
-    return sheet
-
-
-def draw_panel(
-    draw: ImageDraw.ImageDraw, left: int, title: str, steps: list, coloured, black, logarithmic: bool
-) -> None:
-    """Curves over the steps: the coloured ones from blue to red, then the black one. What is NaN is left out."""
-    curves = np.array([*coloured, black])
-    if logarithmic:
-        curves = np.log10(curves)
-    low = np.nanmin(curves)
-    high = np.nanmax(curves) + 0.01
-    width, top, bottom = 340, 40, 260
-    draw.text((left, 12), title, INK, FONT)
-    draw.rectangle((left, top, left + width, bottom), outline=(200, 200, 205))
-
-    def x_of(step: float) -> float:
-        return left + width * step / steps[-1]
-
-    def y_of(value: float) -> float:
-        return bottom - (bottom - top) * (value - low) / (high - low)
-
-    for share in (0, 0.5, 1):
-        value = low + share * (high - low)
-        label = 10**value if logarithmic else value
-        draw.text((left - 4, y_of(value)), f"{label:.2g}", INK, SMALL_FONT, "rm")
-        step = share * steps[-1]
-        draw.text((x_of(step), bottom + 4), f"{step:.0f}", INK, SMALL_FONT, "ma")
-    for i, curve in enumerate(curves):
-        red = (i + 1) / len(curves)
-        colour = (round(255 * red), 70, round(255 * (1 - red)))
-        line_width = 2
-        if i == len(curves) - 1:
-            colour, line_width = INK, 3
-        values = [curve[0], *curve]  # a line of metrics tells of the steps before it: the first from step 0 on
-        points = [(x_of(step), y_of(value)) for step, value in zip([0, *steps], values) if not math.isnan(value)]
-        draw.line(points, colour, line_width)
+def random_masks(count: int, size: int, rng: torch.Generator) -> Tensor:
+    """Masks for inpainting (count, 1, S, S), 1 = generate: a random box for one image in four, else all ones."""
+    start = 0.75 * torch.rand(count, 2, generator=rng)  # of the box, down and across, as shares of the side
+    end = start + 0.25 + (0.75 - start) * torch.rand(count, 2, generator=rng)  # sides of a quarter to the whole
+    grid = (torch.arange(size) + 0.5) / size
+    inside = (grid >= start[..., None]) & (grid < end[..., None])  # (count, 2, S)
+    box = inside[:, 0, :, None] & inside[:, 1, None, :]  # (count, S, S)
+    everywhere = torch.rand(count, 1, 1, 1, generator=rng) < 0.75
+    return (box[:, None] | everywhere).float()
 
 
 # --- The command -----------------------------------------------------------------------------------------------------
 
 
-def read_settings(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Path, dict | None]:
-    """The settings, the run folder and, with --resume, its checkpoint. Raises InputError if they do not fit."""
-    s = make_parser().parse_args(argv)
-    out = Path(s.out or f"runs/{s.dataset}")
-    path = out / "checkpoint.pt"
-    if not s.resume:
-        if path.exists():
-            raise InputError(f"{out} holds a run already, and --resume goes on with it; another --out starts a new one")
-        return fill_defaults(s), out, None
-    if not path.exists():
-        raise InputError(f"{out} holds no run to go on with; another --out starts a new one")
-    checkpoint = read_checkpoint(path, "model")[1]
-    with input_errors(f"cannot go on with {path}"):
-        saved = argparse.Namespace(**checkpoint["settings"])
-        saved = make_parser().parse_args([], saved)  # for flags that are newer than it, their defaults
-        s = make_parser().parse_args(argv, argparse.Namespace(**vars(saved)))  # flags that are given replace its own
-        for name, value in vars(saved).items():
-            if name not in MAY_CHANGE and getattr(s, name) != value:
-                raise InputError(f"its --{name.replace('_', '-')} is {value} and cannot change")
-        if s.steps < checkpoint["step"]:
-            raise InputError(f"it has done {checkpoint['step']} steps, more than --steps {s.steps}")
-    return s, out, checkpoint
-
-
-@contextlib.contextmanager
-def only_run_in(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a folder; the lock ends with the process, however that ends. Raises InputError if held."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / ".lock"
-    with open(path, "a") as file:
-        try:
-            if os.name == "nt":
-                import msvcrt
-
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise InputError(f"another run is writing to {folder}; wait for its end, or give another --out") from None
-        try:
-            for part in folder.glob("*.part"):  # of a process that was killed while it wrote
-                part.unlink()
-            yield
-        finally:
-            file.close()  # before it is removed, as Windows wants it
-            path.unlink(missing_ok=True)
-
-
-def stop_on_signals() -> list[int]:
-    """A list that will hold the signal to stop after the step that runs. A second signal ends the process at once."""
-    received: list[int] = []
-
-    def stop(signal_number: int, _) -> None:
-        received.append(signal_number)
-        signal.signal(signal_number, signal.SIG_DFL)
-
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Ctrl-C, kill, a closed terminal (not on Windows)
-        signal_number = getattr(signal, name, None)
-        if signal_number is not None and signal.getsignal(signal_number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(signal_number, stop)
-    return received
-
-
-def command_line(arguments: Sequence[object]) -> str:
-    """A command that can be pasted into a shell of this system."""
-    words = ["python", *map(str, arguments)]
-    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
-
-
 def main(argv: Sequence[str] | None = None) -> int | None:
-    """The command. argv: in place of sys.argv."""
+    """The command. argv: in place of sys.argv. Returns an exit code if a signal stopped the run."""
     s, out, checkpoint = read_settings(argv)
-    with only_run_in(out):
-        return train_and_write(s, out, checkpoint)
-
-
-def train_and_write(s: argparse.Namespace, out: Path, checkpoint: dict | None) -> int | None:
-    """Train, and leave in the run folder what a run leaves there; returns an exit code if a signal stopped it."""
-    path = out / "checkpoint.pt"
-    training = train(s, checkpoint)
-    run = next(training)
-    metrics = "".join(json.dumps(line) + "\n" for line in run.metrics)  # lines after the checkpoint will come again
-    (out / "metrics.jsonl").write_text(metrics, encoding="utf-8")
-    stop_signals = stop_on_signals()
-    with tqdm(training, total=s.steps, initial=run.step, unit="step", dynamic_ncols=True) as bar:
-        for run in bar:
-            stopping = len(stop_signals) > 0
-            finished = run.step == s.steps
-            quarter = run.step in (s.steps // 4, s.steps // 2, 3 * s.steps // 4)
-            metrics_are_due = run.step % s.log_every == 0 or finished
-            if metrics_are_due:
-                write_metrics(run, out)
-            if stopping or finished or quarter or run.step % s.save_every == 0:
-                save_checkpoint(run, path)
-            if stopping:
-                bar.close()
-                again = command_line([sys.argv[0], "--out", out, "--resume"])
-                print(f"stopped after step {run.step}, saved to {path}; go on with: {again}", file=sys.stderr)
-                return 128 + stop_signals[0]
-            if metrics_are_due:
-                line = run.metrics[-1]
-                bar.set_postfix_str(f"loss {line['loss']:.4f}, ratio {line['mean_ratio']:.3f}")
-            if quarter:
-                write_pictures(run, out)
-    write_pictures(run, out)
+    run = start_run(s, checkpoint)
+    stopped_by = train(run, out)
+    if stopped_by:
+        again = shlex.join(["python", sys.argv[0], "--out", str(out), "--resume"])
+        print(f"stopped after step {run.step}, saved to {out}; go on with: {again}", file=sys.stderr)
+        return 128 + stopped_by
     print(f"{run.step} steps in {run.seconds / 60:.1f} minutes; see {out}; for longer, --resume with more --steps")
+    return None
 
 
 if __name__ == "__main__":
