@@ -50,7 +50,7 @@ from parts import HANDED_OUT, NUMBERS, ORIGINAL, PARTS, WRONG, blank, blanks_lef
 from run import load, read_source
 
 from diffratio_mod import InputError
-from sample import Parser, check_output, number, replace_file, run_command
+from sample import Parser, number, replace_file, run_command
 
 TESTS = ORIGINAL.with_name("test_diffratio_mod.py")
 SOLUTION = "my_solution"  # the name under which a student's file is imported
@@ -97,7 +97,7 @@ def with_answers(source: str, path: Path, part: int) -> types.ModuleType:
     classes = {name: value for name, value in vars(module).items() if isinstance(value, type)}
 
     original = ORIGINAL.read_text(encoding="utf-8")
-    exec(compile(original, str(ORIGINAL), "exec"), module.__dict__)  # noqa: S102 (over what the student has)
+    exec(compile(original, str(ORIGINAL), "exec"), module.__dict__)  # over what the student has
 
     for name, theirs in classes.items():  # methods of the student's own
         for member, value in vars(theirs).items():
@@ -209,7 +209,7 @@ def grade_in_process(sender: Connection, source: str, path: Path, part: int | No
     before = public_names()
     try:
         module = load(source, path, SOLUTION) if part is None else with_answers(source, path, part)
-    except BaseException as error:  # noqa: BLE001 (an answer may raise whatever it likes)
+    except BaseException as error:  # an answer may raise whatever it likes
         report("error", "", str(error) if isinstance(error, InputError) else f"{path} stops while imported: {error!r}")
         return
     if part is not None:
@@ -471,10 +471,11 @@ def write_csv(grades: list[Grade], parts: list[int], path: Path) -> None:
 
 
 def check_and_write(args: argparse.Namespace) -> int:
-    """What --check asks for. Gives the exit code: 0 if all is right. Raises InputError if a single file is no answer."""
+    """What --check asks for. Gives the exit code: 0, all is right; 1, not. Raises InputError for a single bad file."""
     paths, parts = files_and_parts(args.check)
-    for path in filter(None, (args.json, args.csv)):
-        check_output(path)
+    for path in filter(None, (args.json, args.csv)):  # before the work, not after
+        if path.is_dir() or not path.absolute().parent.is_dir():
+            raise InputError(f"cannot write {path}: give the name of a file in a folder that is there")
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # whatever else is installed, the tests run in one process
     os.environ.pop("PYTEST_ADDOPTS", None)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a copied process cannot use a GPU

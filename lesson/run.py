@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 from diffratio_mod import InputError
 
 PUBLIC = ("Config", "InputError", "Layer", "RoutedLayer", "DiT", "column_of", "ratio_loss", "tokens_processed")
-PUBLIC += ("ratio_gate", "schedule", "diffusion_loss", "sample_images")
+PUBLIC += ("ratio_gate", "schedule", "diffusion_loss", "sample_images", "encode", "words_of", "normalise")
 
 
 def read_source(path: Path) -> str:
@@ -52,8 +52,8 @@ def load(source: str, path: Path, name: str = "diffratio_mod") -> types.ModuleTy
     before = sys.modules.get(name)
     sys.modules[name] = module  # a dataclass looks its module up there
     try:
-        exec(code, module.__dict__)  # noqa: S102
-    except (Exception, SystemExit) as error:  # noqa: BLE001
+        exec(code, module.__dict__)
+    except (Exception, SystemExit) as error:
         sys.modules.pop(name)
         if before is not None:
             sys.modules[name] = before

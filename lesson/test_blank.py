@@ -415,7 +415,7 @@ def test_wrong_use_is_one_line(tmp_path, monkeypatch):
         "give --check a file": ["--check", 2],
         "there is no .py file": ["--check", tmp_path / "empty"],
         "--json and --csv with --check": ["--list", "--csv", "x.csv"],
-        "it is a folder": ["--check", blanked, "--csv", tmp_path],
+        "give the name of a file in a folder": ["--check", blanked, "--csv", tmp_path],
     }
     for words, arguments in refused.items():
         with pytest.raises(run.InputError, match=words):
