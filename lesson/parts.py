@@ -159,12 +159,6 @@ WRONG = [
         "torch.sigmoid(F.linear(x.to(precision), weight, bias))",
         "F.linear(x.to(precision), weight, bias).softmax(1)",
     ),
-    Answer(
-        5,
-        "scores in the precision of the weights",
-        "torch.sigmoid(F.linear(x.to(precision), weight, bias)).squeeze(2)",
-        "torch.sigmoid(self.router(x)).squeeze(2)",
-    ),
     Answer(5, "worst for best", "descending=True", "descending=False"),
     Answer(5, "equal scores in any order", "descending=True, stable=True", "descending=True"),
     Answer(

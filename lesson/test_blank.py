@@ -161,7 +161,7 @@ RIGHT = [  # other answers, none of them wrong
 
 def test_other_right_answers_pass(tmp_path):
     for answer in RIGHT:
-        quick = ("-k", "not finite_difference and not table_learns")  # which take seconds
+        quick = ("-k", "not finite_difference and not table_learns and not guidance and not compiles")  # the slow ones
         events = events_of(parts.with_answer(answer), answer.part, tmp_path, *quick)
         assert {event for event, _, _ in events} == {"passed"}, answer.what
 
@@ -288,28 +288,46 @@ def test_an_answer_without_an_end_is_stopped_and_the_others_are_graded(tmp_path)
 
 
 def test_one_wrong_part_costs_one_point_and_its_property_is_named(tmp_path):
-    """Part 4, which parts 5, 6 and 8 need, is wrong; part 5 has some blanks left, part 7 all."""
+    """Part 4, which parts 5, 6 and 8 need, is wrong; part 7 is not begun."""
     sign = next(answer for answer in WRONG if answer.what == "the sign")
-    source = parts.blank(parts.with_answer(sign), keep={*NUMBERS} - {5, 7})
-    first = PARTS[4].gaps[0]
-    order = "score = torch.sigmoid(self.router(x)).squeeze(2)\n"
-    order += "        return score, score.argsort(dim=1, descending=True, stable=True)"
-    source = source.replace(f'raise NotImplementedError("{parts.message(5, first)}")', order)
+    source = parts.blank(parts.with_answer(sign), keep={*NUMBERS} - {7})
     path = tmp_path / "my_solution.py"
     path.write_text(source, encoding="utf-8")
-    flags = [2, 3, 4, 5, 7, "--json", tmp_path / "r.json"]
+    flags = [2, 3, 4, 7, 8, "--json", tmp_path / "r.json"]
 
     result = command("lesson/blank.py", "--check", path, *flags)
 
     assert result.returncode == 1 and result.stderr == ""
     lines = result.stdout.splitlines()
     words = [line.split("  ")[-1].strip() for line in lines if line[0].isdigit()]
-    assert words == ["right", "right", "wrong", "not finished", "not begun", "2 of 5"]
+    assert words == ["right", "right", "wrong", "not begun", "right", "3 of 5"]
     said = " ".join(result.stdout.split())
     assert "has the slope that its docstring promises" in said and "expected -8, got 8" in said
     (written,) = json.loads((tmp_path / "r.json").read_text())["files"]
-    assert (written["points"], written["of"], written["error"]) == (2, 5, None)
+    assert (written["points"], written["of"], written["error"]) == (3, 5, None)
     assert [part["verdict"] for part in written["parts"]] == words[:-1]
+
+
+def test_a_part_is_right_only_if_each_of_its_tests_was_run_and_passed(monkeypatch):
+    """Here for what a process may report of a part with two tests, and for a file with some blanks left."""
+    passed = [("passed", "a", ""), ("passed", "b", "")]
+    reports = {
+        "right": [*passed, ("end", "", "")],
+        "wrong": [*passed, ("failed", "b", "x"), ("end", "", "")],
+        "skipped": [("passed", "a", ""), ("skipped", "b", "x"), ("end", "", "")],
+        "stopped": [("passed", "a", ""), ("end", "", "")],
+    }
+    for verdict, events in reports.items():
+        monkeypatch.setattr(blank, "events_of", lambda *_, events=events: (events, None))
+        assert blank.grade_part(SOURCE, Path("a.py"), 5, ["a", "b"], 60).verdict == verdict
+    monkeypatch.setattr(blank, "events_of", lambda *_: (passed, "the process is gone"))
+    assert blank.grade_part(SOURCE, Path("a.py"), 5, ["a", "b"], 60).verdict == "stopped"
+
+    monkeypatch.setattr(blank, "events_of", lambda *_: (reports["right"], None))
+    first_blank = f'raise NotImplementedError("{parts.message(5, PARTS[4].gaps[0])}")'
+    source = parts.blank(SOURCE).replace(first_blank, "return None")
+    assert blank.grade_part(source, Path("a.py"), 5, ["a", "b"], 60).verdict == "not finished"
+    assert blank.grade_part(parts.blank(SOURCE), Path("a.py"), 5, ["a", "b"], 60).verdict == "not begun"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
