@@ -11,10 +11,22 @@ for equally long. Leaves assets/dense_and_learned.png, or what --out names.
 import textwrap
 from pathlib import Path
 
-from common import tools
+import common  # noqa: F401 (which makes the files of the project importable)
 from PIL import Image
 
-ASSETS = tools.DEFAULT_CHECKPOINT.parent
+from sample import (
+    DEFAULT_CHECKPOINT,
+    PAPER,
+    Parser,
+    draw_grid,
+    images_from_prompts,
+    read_checkpoint,
+    run_command,
+    sampling_flops,
+    write_png,
+)
+
+ASSETS = DEFAULT_CHECKPOINT.parent
 GUIDANCE = 3.0
 # Name, of its checkpoints' prompts those that are drawn, steps, and the start of the title.
 PAIRS = (
@@ -28,33 +40,32 @@ def draw_pair(name: str, chosen: slice, steps: int, title: str) -> Image.Image:
     rows = []
     row_names = []
     for kind in ("dense", "routed"):
-        model, checkpoint = tools.read_checkpoint(ASSETS / f"{name}_{kind}.pt")
+        model, checkpoint = read_checkpoint(ASSETS / f"{name}_{kind}.pt")
         prompts = checkpoint["prompts"][chosen]
         ratios = model.ratios.detach()
-        images = tools.images_from_prompts(model, prompts, seed=0, steps=steps, guidance=GUIDANCE)
-        gflops = tools.sampling_flops(model.config, ratios, steps, GUIDANCE) / 1e9
+        images = images_from_prompts(model, prompts, seed=0, steps=steps, guidance=GUIDANCE)
+        gflops = sampling_flops(model.config, ratios, steps, GUIDANCE) / 1e9
         print(f"{name}, {kind}: {gflops:.2f} GFLOPs an image, mean of the table {float(ratios.mean()):.2f}")
         rows.append([(image, "") for image in images])
         row_names.append(f"{kind}\n{gflops:.1f}\nGFLOPs")
     column_names = [textwrap.fill(prompt, 16) for prompt in prompts]
     title += f", {steps} steps, the same noise: a dense model, and one that skips tokens by its learned ratios"
-    return tools.draw_grid(rows, title, row_names, column_names, side=96)  # 4 x 24 and 3 x 32 pixels
+    return draw_grid(rows, title, row_names, column_names, side=96)  # 4 x 24 and 3 x 32 pixels
 
 
 def main() -> None:
-    parser = tools.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.add_argument("--out", type=Path, default=ASSETS / "dense_and_learned.png")
     args = parser.parse_args()
-    tools.check_output(args.out)
     parts = [draw_pair(*pair) for pair in PAIRS]
-    sheet = Image.new("RGB", (max(part.width for part in parts), sum(part.height for part in parts)), tools.PAPER)
+    sheet = Image.new("RGB", (max(part.width for part in parts), sum(part.height for part in parts)), PAPER)
     y = 0
     for part in parts:
         sheet.paste(part, (0, y))
         y += part.height
-    tools.write_png(sheet, args.out)
+    write_png(sheet, args.out)
     print("wrote", args.out)
 
 
 if __name__ == "__main__":
-    tools.run_command(main)
+    run_command(main)

@@ -198,7 +198,12 @@ WRONG = [
     ),
     Answer(8, "k is a tensor", "model.config.tokens).T.tolist()", "model.config.tokens).T"),
     Answer(5, "training: the order for the rank", "rank = order.argsort(dim=1)", "rank = order"),
-    Answer(5, "softmax for sigmoid", "torch.sigmoid(F.linear(x.to(precision), weight, bias))", "F.linear(x.to(precision), weight, bias).softmax(1)"),
+    Answer(
+        5,
+        "softmax for sigmoid",
+        "torch.sigmoid(F.linear(x.to(precision), weight, bias))",
+        "F.linear(x.to(precision), weight, bias).softmax(1)",
+    ),
     Answer(5, "worst for best", "descending=True", "descending=False"),
     Answer(5, "equal scores in any order", "descending=True, stable=True", "descending=True"),
     Answer(

@@ -18,7 +18,12 @@ LAYER = "RoutedLayer"
 WRONG_ANSWERS = [
     (GATE, "(rank < k) +", "(rank <= k) +", "its value must be 1 for the k best"),
     (GATE, "(2 * e.clamp(min=1))", "e.clamp(min=1)", "the slope at rank 40 is -16 and should be -8"),
-    (GATE, "(rank >= k) & (rank < k + e)", "(rank < k) & (rank >= k - e)", "the slope at rank 36 is -8 and should be 0"),
+    (
+        GATE,
+        "(rank >= k) & (rank < k + e)",
+        "(rank < k) & (rank >= k - e)",
+        "the slope at rank 36 is -8 and should be 0",
+    ),
     (GATE, "e.clamp(min=1)", "e", "at k = 64 of 64 it is not finite"),
     (GATE, "ratio.detach() - ratio", "ratio.detach() - ratio.detach()", "it has no slope"),
     (LAYER, "rank < k_best, *context", "None, *context", "with a ratio its result is another"),
