@@ -840,6 +840,19 @@ def test_method_routers_score_gate_and_choose_in_float32_under_autocast_and_in_h
         assert (ranked.diff(dim=1) < 1e-7).all()  # from best to worst, but for what float32 cannot tell apart
 
 
+@pytest.mark.parametrize("options", [{"k": 16}, {"k": 9}, {"ratio": torch.full((3,), 7 / 16)}])
+def test_method_gates_are_float32_under_autocast_in_training_and_in_sampling(options):
+    layer = method.RoutedLayer(torch.nn.Identity(), 6)
+    torch.nn.init.normal_(layer.router.weight, std=0.3)
+    layer.layer.forward = lambda x, attended: torch.ones_like(x)  # so that what a token gains is its gate
+    x = torch.randn(3, 16, 6)
+    score, order = layer.score_and_sort(x)
+    chosen = order.argsort(dim=1) < options.get("k", 9)
+    with torch.autocast("cpu", torch.bfloat16):
+        gates = layer(x, **options) - x
+    torch.testing.assert_close(gates[:, :, 0], 2 * score * chosen, rtol=0, atol=1e-5)
+
+
 def test_method_a_bfloat16_model_trains_and_samples_in_its_precision_with_exact_gates():
     layer = method.RoutedLayer(torch.nn.Identity(), 6).bfloat16()
     torch.nn.init.normal_(layer.router.weight, std=0.3)
