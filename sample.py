@@ -205,9 +205,14 @@ def draw_grid(rows: list, title="", row_names=(), column_names=(), side=80, capt
     return sheet
 
 
+def in_english(caption: str) -> str:
+    """Models are taught "a airplane"; people read "an airplane"."""
+    return re.sub(r"\ba (?=[aeiou])", "an ", caption)
+
+
 def draw_samples(images: np.ndarray, captions: Sequence[str], columns: int = 8) -> Image.Image:
-    """Images (B, S, S, 3), each over its caption; "a airplane" is shown as "an airplane"."""
-    cells = [(image, re.sub(r"\ba (?=[aeiou])", "an ", caption)) for image, caption in zip(images, captions)]
+    """Images (B, S, S, 3), each over its caption."""
+    cells = [(image, in_english(caption)) for image, caption in zip(images, captions)]
     rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
     return draw_grid(rows, side=112, captions=True)
 
@@ -590,7 +595,7 @@ def main() -> int | None:
     }
     if args.inpaint:
         options.update(read_inpainting(args.inpaint, args.mask, config.image_size))
-    prompts = args.prompt or checkpoint["prompts"]
+    prompts = args.prompt or list(dict.fromkeys(checkpoint["prompts"]))  # each once
     captions = prompts * args.num  # in turn, so that a larger --num only adds images at the end
     encode(config, prompts)  # which refuses unknown words
     check_outputs(args, len(captions))
