@@ -70,7 +70,7 @@ def describe(model: DiT, checkpoint: dict, path: Path) -> dict:
         "config": asdict(config),
         "prompts": checkpoint.get("prompts") or [""],
         "grammar": grammar,
-        "ratios": [[round(ratio, 8) for ratio in row] for row in ratios.tolist()],
+        "ratios": ratios.tolist(),
         "shapes": {name: list(weight.shape) for name, weight in weights.items()},
         "weights": pack_weights(weights),
     }
