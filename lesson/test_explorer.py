@@ -245,7 +245,7 @@ def test_the_page_computes_what_pytorch_computes(chromium, shipped, monkeypatch,
     for hook in hooks:
         hook.remove()
 
-    open_page(chromium)
+    open_page(chromium, fragment="#steps=5")
     for image, prompt in enumerate(PROMPTS):
         random_seed = image if name == "random tokens" else None
         arguments = (prompt, noise[image].flatten().tolist(), STEPS, GUIDANCE, ratios.tolist(), random_seed)
@@ -317,6 +317,12 @@ def field(driver, layer: int, column: int):
     return driver.find_element("css selector", f"#table .pane input[data-layer='{layer}'][data-column='{column}']")
 
 
+def drag(driver, element, pixels: int) -> None:
+    actions = pytest.importorskip("selenium.webdriver").ActionChains(driver, duration=50)
+    driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
+    actions.click_and_hold(element).move_by_offset(pixels, 0).release().perform()
+
+
 @pytest.mark.parametrize("width", [1280, 390])
 def test_a_table_is_edited_taken_back_and_taken_along(chromium, width):
     open_page(chromium, width, "#steps=5")
@@ -347,6 +353,8 @@ def test_a_table_is_edited_taken_back_and_taken_along(chromium, width):
     assert (finished_pictures(chromium)[0] == mine).all()
     assert json.loads(table)["ratios"][1][9] == pytest.approx(0.85)
 
+    drag(chromium, field(chromium, 0, 0), 50)
+    assert chromium.execute_script("return state.mine[0][0]") == pytest.approx(0.5, abs=0.02)
     row_mean = chromium.execute_script("return view[1].fields[C]")
     chromium.execute_script("arguments[0].scrollIntoView({block: 'center'})", row_mean)
     row_mean.click()
@@ -356,6 +364,14 @@ def test_a_table_is_edited_taken_back_and_taken_along(chromium, width):
     assert chromium.execute_script("return meanOf(state.mine)") == pytest.approx(0.5, abs=1e-3)
     assert chromium.execute_script("return document.documentElement.scrollWidth") <= width
     assert chromium.get_log("browser") == []
+
+
+def test_an_edit_stops_the_old_run(chromium):
+    open_page(chromium, fragment="#steps=30&guidance=1")
+    chromium.execute_script("window.old = runs[0]; edit(0, ratiosOf('uniform'))")
+    finished_pictures(chromium)
+    assert chromium.execute_script("return old !== runs[0] && old.steps.length < 30")
+    assert chromium.execute_script("return runs[0].steps.every(step => step.routing[0].k === 45)")
 
 
 def test_a_task_opens_its_answer_after_a_prediction(chromium):
