@@ -37,11 +37,6 @@ PAGE = HERE / "explorer.html"
 MODEL = re.compile(r'(?<=<script type="application/json" id="model">).*?(?=</script>)', re.DOTALL)  # in the page
 
 
-def rounded(weight: torch.Tensor) -> torch.Tensor:
-    """A weight as the page has it."""
-    return weight.bfloat16().float()
-
-
 def pack_weights(weights: dict[str, torch.Tensor]) -> str:
     """All weights, one after the other, as text: bfloat16, first all upper bytes, then all lower ones, deflated.
 

@@ -37,12 +37,17 @@ STEPS = 10
 GUIDANCE = 3.0
 
 
+def rounded(weight: torch.Tensor) -> torch.Tensor:
+    """A weight as the page has it."""
+    return weight.bfloat16().float()
+
+
 def with_weights_of_page(model: DiT) -> DiT:
-    """The same rounding as in the page; the table stays as it is."""
+    """All weights rounded; the table stays as it is."""
     weights = model.state_dict()
     for name in weights:
         if name != "ratios":
-            weights[name] = explorer.rounded(weights[name])
+            weights[name] = rounded(weights[name])
     model.load_state_dict(weights)
     return model
 
@@ -93,7 +98,7 @@ def test_the_page_holds_the_shipped_model_and_loads_nothing():
     planes = zlib.decompress(base64.b64decode(content["weights"]))
     upper, lower = np.frombuffer(planes, np.uint8).reshape(2, -1).astype(np.uint32)
     stored = (upper << 24 | lower << 16).view(np.float32)
-    weights = [explorer.rounded(w).flatten() for name, w in model.state_dict().items() if name != "ratios"]
+    weights = [rounded(w).flatten() for name, w in model.state_dict().items() if name != "ratios"]
     assert np.array_equal(stored, torch.cat(weights).numpy()), "run lesson/explorer.py again"
 
     frame = explorer.MODEL.sub("", page)
