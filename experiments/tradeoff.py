@@ -2,7 +2,7 @@
 
     D=assets/cifar_dense.pt
     python experiments/tradeoff.py dense=$D cache=$D:cache layer-timestep=assets/cifar_routed.pt \\
-        --dataset folder --data-dir data/cifar10-jpeg
+        --data-dir data/cifar10-jpeg
 
 An arm is NAME=CHECKPOINT. What is behind a colon makes the model compute in another way:
 
@@ -11,17 +11,17 @@ An arm is NAME=CHECKPOINT. What is behind a colon makes the model compute in ano
     merging:0.3       tokens are merged (ToMe, package tomesd), this share of them
     pruning:0.3       tokens are pruned by attention (AT-EDM), this share of them
     scaled:0.2        the learned table is scaled to this mean
-    weak-model:PATH   guidance by skipping: this checkpoint takes the place of the unconditional half, with the caption
+    dense:0.3-0.7     nothing is skipped at these noise levels
 
-The layers of a routed checkpoint stay routed in a cache, `:cache` or `:forecast`: on the steps that are computed they skip
-what its table says. So both savings are combined.
+The layers of a routed checkpoint stay routed in a cache, `:cache` or `:forecast`: on the steps that are computed they
+skip what its table says. So both savings are combined.
 
 Each arm chooses its guidance and the interval of noise levels where it acts, at 10 steps on --choose-by images: from
 the middle of --guidance and the first of --intervals to whatever is better, one guidance up or down or another
 interval, until nothing is. Of all tried within one standard error of the best, it takes the cheapest. With this choice
 it samples at every step count. Quality: for photographs KID in thousandths (photographs.py), for `shapes` the share of
-prompts followed (judge.py). Leaves tradeoff-DATASET.json, and .png with all arms of that file; those that it holds already
-are not run again.
+prompts followed (judge.py). Leaves tradeoff-DATASET.json, and .png with all arms of that file; those that it holds
+already are not run again.
 """
 
 import argparse
@@ -30,11 +30,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import common
 import numpy as np
 import photographs
 import torch
+from common import RESULTS, draw_images, flops, package, scaled, to_float, write_json
 from judge import followed, mixed_prompts, trained_judge
+from rivals import AttentionPrunedLayer, CachedLayer, ForecastingLayer, MergedLayer, use
 from torch import nn
 
 from diffratio_mod import DiT, InputError
@@ -42,10 +43,10 @@ from sample import Parser, input_errors, number, pick_device, read_checkpoint, r
 from train_cifar import load_data
 
 LAYERS = {
-    "cache": common.CachedLayer,
-    "forecast": common.ForecastingLayer,
-    "merging": common.MergedLayer,
-    "pruning": common.AttentionPrunedLayer,
+    "cache": CachedLayer,
+    "forecast": ForecastingLayer,
+    "merging": MergedLayer,
+    "pruning": AttentionPrunedLayer,
 }
 WITHOUT_VALUE = ("", "cache", "forecast")
 WITH_RATIO = ("merging", "pruning", "scaled")
@@ -55,24 +56,27 @@ WITH_RATIO = ("merging", "pruning", "scaled")
 
 
 def model_of(arm: str, device: torch.device) -> nn.Module:
-    """The model of NAME=CHECKPOINT:KIND:VALUE, a DiT or a GuidedBySkipping. Raises InputError."""
+    """The model of NAME=CHECKPOINT:KIND:VALUE. Raises InputError."""
     _, _, source = arm.partition("=")
     path, _, way = source.partition(":")
     kind, _, value = way.partition(":")
-    allowed = (*WITH_RATIO, "weak-model") if value else WITHOUT_VALUE
+    allowed = (*WITH_RATIO, "dense") if value else WITHOUT_VALUE
     if not path or kind not in allowed:
-        ways = [*WITHOUT_VALUE[1:], *(f"{name}:RATIO" for name in WITH_RATIO), "weak-model:CHECKPOINT"]
+        ways = [*WITHOUT_VALUE[1:], *(f"{name}:RATIO" for name in WITH_RATIO), "dense:LOW-HIGH"]
         raise InputError(f"{arm!r} is not NAME=CHECKPOINT, alone or with one of :{', :'.join(ways)}")
     model, _ = read_checkpoint(Path(path))
-    if kind == "weak-model":
-        weak, _ = read_checkpoint(Path(value))
-        model = common.GuidedBySkipping(model, weak)
+    if kind == "dense":
+        with input_errors(f"the noise levels of {arm!r}"):
+            low, high = interval_of(value, "-")
+        edges = torch.arange(model.ratios.shape[1] + 1) / model.ratios.shape[1]
+        within = (edges[:-1] > low - 1e-4) & (edges[1:] < high + 1e-4)  # the columns that lie in there
+        model.ratios.data[:, within] = 0
     elif kind in WITH_RATIO:
         with input_errors(f"the ratio of {arm!r}"):
             ratio = number(float, 0, 0.98)(value)
         model = with_ratio(model, kind, ratio)
     if kind in LAYERS:
-        common.use(model, LAYERS[kind])
+        use(model, LAYERS[kind])
     return model.eval().to(device)
 
 
@@ -82,7 +86,7 @@ def with_ratio(model: DiT, kind: str, ratio: float) -> DiT:
     if kind == "scaled":
         if not table.any():
             raise InputError("scaled: this model has no learned table")
-        model.ratios.data = common.scaled(table, ratio)
+        model.ratios.data = scaled(table, ratio)
         return model
     uniform = DiT(replace(model.config, mode="uniform"))  # one ratio for all layers and steps
     uniform.load_state_dict(model.state_dict() | {"ratios": torch.full_like(table[:, :1], ratio)})
@@ -108,7 +112,7 @@ def measure_of(args: argparse.Namespace, size: int, device: torch.device) -> Mea
     judge = trained_judge(size, device)
 
     def share_followed(images: np.ndarray, prompts: list[str]) -> dict[str, float]:
-        share = float(followed(judge, common.to_float(images), prompts).float().mean())
+        share = float(followed(judge, to_float(images), prompts).float().mean())
         error = (share * (1 - share) / len(prompts)) ** 0.5
         return {"quality": 100 * share, "standard error": 100 * error}
 
@@ -121,7 +125,11 @@ def measure_photographs(args: argparse.Namespace, size: int, device: torch.devic
 
     def quality(images: np.ndarray, _: list[str]) -> dict[str, float]:
         found = distance(images)
-        return {"quality": found["KID e-3"], "standard error": found["standard error"]}
+        return {
+            "quality": found["KID e-3"],
+            "standard error": found["standard error"],
+            "Frechet distance": found["Frechet distance"],
+        }
 
     second = None
     if args.second_network:
@@ -143,7 +151,7 @@ class Guidance:
     interval: tuple[float, float]  # the lowest and the highest noise level at which it acts
 
     def options(self) -> dict:
-        """Arguments for diffratio_mod.sample."""
+        """Arguments for sample_images."""
         return {"guidance": self.weight, "guidance_interval": self.interval}
 
 
@@ -179,9 +187,9 @@ def choose(
     return min(good, key=lambda guidance: (cost(guidance), badness(guidance))), tried
 
 
-def interval_of(text: str) -> tuple[float, float]:
+def interval_of(text: str, between: str = ":") -> tuple[float, float]:
     """The type of --intervals: LOW:HIGH, both from 0 to 1."""
-    low, _, high = text.partition(":")
+    low, _, high = text.partition(between)
     level = number(float, 0, 1)
     return level(low), level(high)
 
@@ -195,13 +203,13 @@ def measure_arm(name: str, model: nn.Module, measure: Measure, args: argparse.Na
 
     def try_it(guidance: Guidance) -> dict[str, float]:
         prompts = measure.prompts(args.choose_by)
-        images = common.draw_images(model, prompts, args.seed, args.amp, steps=10, **guidance.options())
+        images = draw_images(model, prompts, args.seed, args.amp, steps=10, **guidance.options())
         found = measure.quality(images, prompts)
         print(f"{name}, 10 steps, {guidance}: {found['quality']:.1f} ± {found['standard error']:.1f}", flush=True)
         return found
 
     def cost(guidance: Guidance) -> float:
-        return common.flops(model, table, 10, **guidance.options())
+        return flops(model, table, 10, **guidance.options())
 
     weights = sorted(args.guidance)
     best, tried = choose(try_it, cost, weights, args.intervals, measure.higher_is_better)
@@ -211,11 +219,11 @@ def measure_arm(name: str, model: nn.Module, measure: Measure, args: argparse.Na
         row["tried at 10 steps"].append(choice | found | {"GFLOPs": cost(guidance) / 1e9})
     prompts = measure.prompts(args.num)
     for steps in args.steps:
-        images = common.draw_images(model, prompts, args.seed, args.amp, steps=steps, **best.options())
+        images = draw_images(model, prompts, args.seed, args.amp, steps=steps, **best.options())
         point = measure.quality(images, prompts)
         if measure.second is not None:
             point.update(measure.second(images))
-        point["GFLOPs"] = common.flops(model, table, steps, **best.options()) / 1e9
+        point["GFLOPs"] = flops(model, table, steps, **best.options()) / 1e9
         row["steps"][str(steps)] = point
         text = ", ".join(f"{what} {value:.2f}" for what, value in point.items())
         print(f"{name}, {steps} steps, {best}: {text}", flush=True)
@@ -239,10 +247,10 @@ def print_table(results: dict, steps: list[int]) -> None:
 
 def draw_chart(results: dict, dataset: str, path: Path) -> None:
     """Quality over GFLOPs, a curve an arm, with standard errors."""
-    common.package("matplotlib").use("Agg")
-    figure, axis = common.package("matplotlib.pyplot").subplots(figsize=(9, 5.5))
+    package("matplotlib").use("Agg")
+    figure, axis = package("matplotlib.pyplot").subplots(figsize=(9, 5.5))
     palette = "tab10" if len(results) <= 10 else "tab20"
-    axis.set_prop_cycle(color=common.package("matplotlib").colormaps[palette].colors)
+    axis.set_prop_cycle(color=package("matplotlib").colormaps[palette].colors)
     for name, row in results.items():
         points = list(row["steps"].values())
         costs = [point["GFLOPs"] for point in points]
@@ -253,7 +261,7 @@ def draw_chart(results: dict, dataset: str, path: Path) -> None:
     if dataset == "shapes":
         label = "prompts followed, %"
     axis.set(xlabel="GFLOPs an image", ylabel=label, xscale="log")
-    ticks = common.package("matplotlib.ticker")
+    ticks = package("matplotlib.ticker")
     axis.xaxis.set_major_locator(ticks.LogLocator(subs=(1, 2, 3, 5, 7)))
     axis.xaxis.set_major_formatter(ticks.StrMethodFormatter("{x:g}"))
     axis.xaxis.set_minor_formatter(ticks.NullFormatter())
@@ -276,7 +284,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--num", type=number(int, 50, 10**6), default=500, help="images a point (default 500)")
     parser.add_argument("--choose-by", type=number(int, 50, 10**6), default=300, help="images a guidance (default 300)")
     parser.add_argument("--second-network", action="store_true", help="KID on EfficientNet-Lite2, too (default off)")
-    parser.add_argument("--seed", type=number(int, 0, 2**40), default=0)
+    parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0)
     parser.add_argument("--amp", action="store_true", help="sample in bfloat16 (default off)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path)
@@ -286,7 +294,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = make_parser().parse_args()
     device = pick_device(args.device)
-    out = args.out or common.RESULTS / f"tradeoff-{args.dataset}.json"
+    out = args.out or RESULTS / f"tradeoff-{args.dataset}.json"
     models = {}
     for arm in args.arms:
         name, _, _ = arm.partition("=")
@@ -298,7 +306,7 @@ def main() -> None:
     for name, model in models.items():
         if name not in results:
             results[name] = measure_arm(name, model, measure, args)
-            common.write_json(results, out)
+            write_json(results, out)
     print_table({name: results[name] for name in models}, args.steps)
     draw_chart(results, args.dataset, out.with_suffix(".png"))
 

@@ -17,16 +17,18 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 import numpy as np
 import torch
-from common import RandomLayer, scaled, to_float, use
-from judge import followed, mixed_prompts, trained_judge
 from tqdm import tqdm
 
-from diffratio_mod import DiT, InputError, RoutedLayer, column_of, tokens_processed
-from sample import (
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
+from common import scaled, to_float  # noqa: E402
+from judge import followed, mixed_prompts, trained_judge  # noqa: E402
+from rivals import RandomLayer, use  # noqa: E402
+
+from diffratio_mod import DiT, InputError, RoutedLayer, column_of, tokens_processed  # noqa: E402
+from sample import (  # noqa: E402
     DEFAULT_CHECKPOINT,
     Parser,
     draw_grid,

@@ -1,201 +1,130 @@
-"""Tests of the explorer: what the page holds is what sampling did, and the page works in a browser.
+"""Tests of the explorer: the page computes what PyTorch computes, and it works in a browser.
 
-python -m pytest lesson/test_explorer.py     # half a minute; the browser's part needs selenium, chromium, chromedriver
+python -m pytest lesson/test_explorer.py          # half a minute; needs selenium, chromium and chromedriver
+python -m pytest lesson/test_explorer.py -s -k opens     # prints the seconds of 20 guided steps, too
 """
 
 from __future__ import annotations
 
 import base64
-import io
 import json
 import re
 import shutil
-import subprocess
 import sys
 import time
 import zlib
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path[:0] = [str(HERE), str(ROOT)]
 import explorer
 
-import sample as tools
+from diffratio_mod import Config, DiT, RoutedLayer, encode, sample_images
+from sample import read_checkpoint, run_command
 
-# isort: split
-import numpy as np
-import pytest
-import torch
-from PIL import Image
-
-import diffratio_mod as method
-
-STEPS, GUIDANCE, SEED = 5, 2.0, 3
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
+PROMPTS = ["a purple circle", "a red circle above a blue square", "a cyan cross right of a green triangle"]
+STEPS = 10
+GUIDANCE = 3.0
 
 
-def records_of(page: str) -> dict:
-    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1])
+def rounded(weight: torch.Tensor) -> torch.Tensor:
+    """A weight as the page has it."""
+    return weight.bfloat16().float()
 
 
-def unpack(model: dict, table: dict) -> tuple[np.ndarray, np.ndarray]:
-    """Processed (B, T, L, N) and scores in hundredths (B, L, N, T), bit by bit as the page does."""
-    B, T, L, N = len(model["prompts"]), len(model["levels"]), model["depth"], tokens_of(model)
-    bits, scores = (zlib.decompress(base64.b64decode(table[name])) for name in ("bits", "scores"))
-    processed = [bits[i // 8] >> (7 - i % 8) & 1 for i in range(B * T * L * N)]
-    values = [0] * len(scores)
-    for i, byte in enumerate(scores):
-        values[i] = byte if i % T == 0 else (values[i - 1] + byte) % 256
-    return np.reshape(processed, (B, T, L, N)), np.reshape(values, (B, L, N, T))
+def with_weights_of_page(model: DiT) -> DiT:
+    """All weights rounded; the table stays as it is."""
+    weights = model.state_dict()
+    for name in weights:
+        if name != "ratios":
+            weights[name] = rounded(weights[name])
+    model.load_state_dict(weights)
+    return model
 
 
-def tokens_of(model: dict) -> int:
-    return (model["image_size"] // model["patch_size"]) ** 2
-
-
-def tile(model: dict, sheet: str, step: int, prompt: int) -> np.ndarray:
-    S = model["image_size"]
-    image = np.asarray(Image.open(io.BytesIO(base64.b64decode(sheet))), dtype=float)
-    return image[prompt * S : (prompt + 1) * S, step * S : (step + 1) * S]
+def model_in(page: str) -> dict:
+    return json.loads(explorer.MODEL.search(page)[0])
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """A small random model with waking routers, its page, and the records in it."""
-    folder = tmp_path_factory.mktemp("explorer")
+def shipped() -> DiT:
+    model, _ = read_checkpoint(explorer.SHIPPED)
+    return with_weights_of_page(model)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    """A checkpoint of a small random model with other sizes and words, and one column in its table."""
     words = ("a", "photo", "of", "cat", "dog")
-    config = method.Config(words, 16, 4, dim=16, depth=3, heads=2, regions=4)
-    model, rng = method.DiT(config).eval(), torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        parameter.data = (1.0 if "router" in name else 0.3) * torch.randn(parameter.shape, generator=rng)
-    model.ratios.data = torch.rand(3, 4, generator=rng) * 0.9
-    prompts = ["a photo of a cat", "a photo of a dog", "a photo of a cat"]
-    checkpoint = {"config": asdict(config), "prompts": prompts, "ema": model.state_dict()}
-    torch.save(checkpoint, folder / "small.pt")
-    command = [sys.executable, HERE / "explorer.py", folder / "small.pt", "--out", folder / "page.html"]
-    options = ["--steps", STEPS, "--guidance", GUIDANCE, "--seed", SEED, "--prompts", 2]
-    subprocess.run([str(part) for part in command + options], check=True)
-    return model, records_of((folder / "page.html").read_text(encoding="utf-8")), folder
+    config = Config(words, 15, 3, dim=16, depth=3, heads=2, caption_length=5, mode="layer")
+    model = DiT(config)
+    rng = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.data = 0.3 * torch.randn(parameter.shape, generator=rng)
+    model.ratios.data = torch.tensor([[0.0], [0.5], [0.7]])
+    path = tmp_path_factory.mktemp("explorer") / "small.pt"
+    torch.save({"config": asdict(config), "prompts": ["a photo of a dog"], "ema": model.state_dict()}, path)
+    return path
 
 
-# --- The records -----------------------------------------------------------------------------------------------------
+def run_explorer(monkeypatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["explorer.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        run_command(explorer.main)
+    return stopped.value.code or 0
 
 
-def test_records_are_what_a_sampling_run_does(small):
-    model, data, _ = small
-    page, N = data["models"][0], 16
-    prompts = ["a photo of a cat", "a photo of a dog"]
-    assert [prompt["text"] for prompt in page["prompts"]] == prompts and page["name"] == "Photographs"
-    levels = torch.linspace(1, 0, STEPS + 1)[:-1]
-    assert page["levels"] == pytest.approx(levels.tolist(), abs=1e-4)
-    assert page["columns"] == method.column_of(levels, 4).tolist() == [3, 3, 2, 1, 0]
-    noise = [torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(SEED * 1_000_003 + i)) for i in range(2)]
-    learned = model.ratios.detach()
-    tables = {"learned": learned, "uniform": learned.mean().expand(3, 4), "reversed": learned[:, [3, 2, 1, 0]]}
-    tables["dense"] = torch.zeros(3, 4)
-    for table in page["tables"]:
-        if table["name"] == "random tokens":
-            continue
-        ratios, inputs, entered, guesses = tables[table["name"]], [], [], []
-        hooks = [layer.register_forward_pre_hook(lambda _, z, into=inputs: into.append(z[0])) for layer in model.layers]
-        hooks.append(model.register_forward_pre_hook(lambda _, z, into=entered: into.append(z[0])))
-        words = tools.encode(model.config, prompts)
-        hook = lambda t, x0, into=guesses: into.append(x0)
-        method.sample_images(model, words, torch.stack(noise), STEPS, GUIDANCE, ratios=ratios, hook=hook)
-        for handle in hooks:
-            handle.remove()
-        processed, scores = unpack(page, table)
-        assert np.allclose(table["ratios"], ratios, atol=1e-4)
-        for step in range(STEPS):
-            for layer in range(3):
-                k = max(1, round(N * (1 - float(ratios[layer, page["columns"][step]]))))
-                assert table["k"][step][layer] == k
-                z = inputs[step * 3 + layer][:2]  # of the conditional half
-                router = model.layers[layer].router
-                score = torch.sigmoid(z @ router.weight[0] + router.bias).detach()
-                for b in range(2):
-                    best = set(score[b].topk(k).indices.tolist())
-                    assert set(np.flatnonzero(processed[b, step, layer])) == best
-                    assert np.abs(scores[b, layer, :, step] - 100 * score[b].numpy()).max() <= 0.51
-            for b in range(2):
-                for sheet, images in (("noisy", entered), ("guess", guesses)):
-                    image = (images[step][b].permute(1, 2, 0).numpy() + 1) * 127.5
-                    alike = np.corrcoef(tile(page, table[sheet], step, b).ravel(), image.clip(0, 255).ravel())[0, 1]
-                    assert alike > 0.9, "JPEG blurs, but this is another image"
-        total = tools.sampling_flops(model.config, ratios, STEPS, GUIDANCE)
-        assert page["captionFlops"] + sum(table["flops"]) == total
+# --- The file --------------------------------------------------------------------------------------------------------
 
 
-def test_tokens_drawn_by_chance_have_the_learned_k_but_not_the_routers_choice(small):
-    _, data, _ = small
-    page = data["models"][0]
-    learned, _, _, drawn, _ = page["tables"]
-    assert drawn["name"] == "random tokens" and drawn["chance"] and not learned["chance"]
-    assert (drawn["k"], drawn["flops"], drawn["ratios"]) == (learned["k"], learned["flops"], learned["ratios"])
-    ours, theirs = (unpack(page, table)[0] for table in (learned, drawn))
-    assert (ours.sum(axis=3) == theirs.sum(axis=3)).all() and 0.1 < (ours != theirs).mean() < 0.9
-    k = np.array(page["tables"][3]["k"])
-    step, layer = np.argwhere((k > 2) & (k < 14))[0]
-    assert (theirs[0, step, layer] != theirs[1, step, layer]).any(), "each image draws its own"
-    first = [tile(page, table["noisy"], 0, 0) for table in page["tables"]]
-    assert all((image == first[0]).all() for image in first), "all tables start from the same noise"
+def test_the_page_holds_the_shipped_model_and_loads_nothing():
+    page = explorer.PAGE.read_text(encoding="utf-8")
+    content = model_in(page)
+    model, checkpoint = read_checkpoint(explorer.SHIPPED)
 
+    assert len(page.encode()) <= 4_000_000
+    assert content["config"] == json.loads(json.dumps(checkpoint["config"]))
+    assert torch.equal(torch.tensor(content["ratios"]), model.ratios.detach())
+    planes = zlib.decompress(base64.b64decode(content["weights"]))
+    upper, lower = np.frombuffer(planes, np.uint8).reshape(2, -1).astype(np.uint32)
+    stored = (upper << 24 | lower << 16).view(np.float32)
+    weights = [rounded(w).flatten() for name, w in model.state_dict().items() if name != "ratios"]
+    assert np.array_equal(stored, torch.cat(weights).numpy()), "run lesson/explorer.py again"
 
-def test_what_is_wrong_is_one_line_and_leaves_the_old_page(small, monkeypatch, capsys):
-    _, _, folder = small
-    page = folder / "page.html"
-    dense = folder / "dense.pt"
-    before = page.read_bytes()
-    checkpoint = torch.load(folder / "small.pt")
-    checkpoint["config"]["mode"] = "dense"
-    checkpoint["ema"]["ratios"] = checkpoint["ema"]["ratios"][:, :1]
-    torch.save(checkpoint, dense)
-
-    def complaint(*arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["explorer.py", *map(str, arguments), "--out", str(page)])
-        with pytest.raises(SystemExit) as stopped:
-            tools.run_command(explorer.main)
-        error = capsys.readouterr().err
-        assert stopped.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
-        return error
-
-    assert "dense.pt is a dense model" in complaint(dense)
-    assert "missing.pt" in complaint(folder / "missing.pt")
-    assert "--steps" in complaint("--steps", "1")
-    monkeypatch.setattr(explorer, "LARGEST", 10_000)
-    assert "at most 0.01" in complaint(folder / "small.pt", "--steps", 2, "--prompts", 1)
-    assert page.read_bytes() == before
-
-
-def test_the_page_in_the_repository_is_of_the_shipped_models_and_loads_nothing():
-    text = explorer.PAGE.read_text(encoding="utf-8")
-    data = records_of(text)
-    frame = explorer.RECORDS.sub("", text)
-    assert len(text.encode()) < 3_000_000 and len(explorer.RECORDS.findall(text)) == 1
-    links = re.findall(r'<a [^>]*href="([^"]*)"', frame)
+    frame = explorer.MODEL.sub("", page)
     outside = re.findall(r'(?:https?:)?//\w+\.[^"\s]*', frame)
-    assert outside == [link for link in links if link.startswith("http")], "only links lead outside"
-    assert (HERE / data["readme"]).samefile(ROOT / "README.md")
-    for model, path in zip(data["models"], explorer.SHIPPED, strict=True):
-        shipped, _ = tools.read_checkpoint(path)
-        assert model["file"] == path.name and model["depth"] == shipped.config.depth
-        assert np.allclose(model["tables"][0]["ratios"], shipped.ratios.detach(), atol=1e-4), "run explorer.py again"
-    for prompt in data["models"][0]["prompts"]:
-        held_out = any(f"{colour} {shape}" in prompt["text"] for colour, shape in explorer.HELD_OUT)
-        assert prompt["kind"] == ("held out" if held_out else "seen")
+    assert outside == ["https://arxiv.org/abs/2412.16822"], "one link, which is followed only by a click"
+    assert "default-src 'none'" in frame
+    assert (HERE / content["readme"]).samefile(ROOT / "README.md")
 
 
-def test_a_page_elsewhere_has_the_same_frame_and_finds_the_readme(small):
-    _, data, folder = small
-    page = (folder / "page.html").read_text(encoding="utf-8")
-    assert explorer.RECORDS.sub("", page) == explorer.RECORDS.sub("", explorer.PAGE.read_text(encoding="utf-8"))
-    assert (folder / data["readme"]).resolve() == ROOT / "README.md"
+def test_a_dense_checkpoint_is_refused_in_one_line_and_leaves_the_old_page(small, monkeypatch, capsys):
+    checkpoint = torch.load(small)
+    checkpoint["config"]["mode"] = "dense"
+    dense = small.with_name("dense.pt")
+    torch.save(checkpoint, dense)
+    page = small.with_name("old.html")
+    page.write_text("old")
+
+    assert run_explorer(monkeypatch, dense, "--out", page) == 2
+
+    error = capsys.readouterr().err
+    assert "dense.pt is a dense model" in error
+    assert error.count("\n") == 1
+    assert page.read_text() == "old"
 
 
-# --- The page in a browser -------------------------------------------------------------------------------------------
+# --- A browser -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +139,7 @@ def chromium(tmp_path_factory):
         options.add_argument("--" + flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    driver.set_script_timeout(120)
     yield driver
     driver.quit()
 
@@ -221,115 +151,261 @@ def look(driver, width: int, dark: bool = False) -> None:
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
 
 
-def open_page(driver, width: int) -> None:
+def open_page(driver, width: int = 1280, fragment: str = "", page: Path = explorer.PAGE) -> None:
     look(driver, width)
-    driver.get(explorer.PAGE.as_uri())
-    wait(driver, "return !!view[0].pictures && document.getElementById('clock').textContent !== ''")
+    driver.get("about:blank")  # else another fragment alone would not load the page anew
+    driver.get(page.as_uri() + fragment)
+    wait(driver, "return shown.every(run => run.steps.length > 0)")
 
 
 def wait(driver, condition: str) -> None:
-    end = time.monotonic() + 20
+    end = time.monotonic() + 120
     while not driver.execute_script(condition):
         assert time.monotonic() < end, condition
         time.sleep(0.05)
 
 
-def text(driver, selector: str) -> str:
-    return driver.find_element("css selector", selector).text
+def finished_pictures(driver) -> np.ndarray:
+    """What A and B have drawn: uint8 (2, 3, S, S)."""
+    wait(driver, "return runs.every((run, p) => run.setting === JSON.stringify(settingOf(p)))")
+    wait(driver, "return runs.every(run => run.steps.length === state.steps)")
+    pixels = driver.execute_script("return runs.map(run => Array.from(run.steps.at(-1).x0))")
+    size = driver.execute_script("return config.image_size")
+    return to_uint8(np.array(pixels)).reshape(2, 3, size, size)
 
 
-def picture(driver, selector: str) -> str:
-    return driver.execute_script(f"return document.querySelector('{selector}').toDataURL()")
+def to_uint8(pixels) -> np.ndarray:
+    return np.clip(np.round((np.asarray(pixels) + 1) * 127.5), 0, 255).astype(int)
 
 
-def in_sight(driver, selector: str) -> bool:
-    box = "const box = document.querySelector(arguments[0]).getBoundingClientRect(); "
-    return driver.execute_script(box + "return box.top >= 0 && box.bottom <= innerHeight && box.height > 20", selector)
+def noise_of(seed: int, size: int) -> torch.Tensor:
+    """As sample.py draws the noise of its first image."""
+    return torch.randn(3, size, size, generator=torch.Generator().manual_seed(seed * 1_000_003))
 
 
-def choose(driver, select: str, value: str) -> None:
-    """As a user's choice; returns when the page shows it."""
-    change = "arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('change'))"
-    driver.execute_script(change, driver.find_element("id", select), value)
-    built = "return `${state.model} ${state.tables}` === render.built && document.getElementById('prompt').value === "
-    wait(driver, built + "`${state.model} ${state.prompt}`")
+# --- Equal to PyTorch ------------------------------------------------------------------------------------------------
+
+SAMPLE_IN_PAGE = """
+const [prompt, noise, steps, guidance, ratios, randomSeed, done] = arguments;
+(async () => {
+  window.weights ??= await readWeights();
+  const model = new DiT(config, weights, randomSeed === null ? RoutedLayer : RandomLayer);
+  const generator = new Generator(randomSeed ?? 0);
+  for (const layer of model.layers) layer.generator = generator;
+  const run = [...sampleImages(model, encode(config, prompt), Float32Array.from(noise), steps, guidance, ratios)];
+  const layers = run.flatMap(step => step.routing);
+  done({
+    k: layers.map(layer => layer.k),
+    chosen: layers.map(layer => layer.order.slice(0, layer.k)),
+    pixels: Array.from(run.at(-1).x0),
+  });
+})().catch(error => done(String(error)));
+"""
 
 
-@pytest.mark.parametrize("width", [1280, 375])
-def test_a_walk_through_the_page(chromium, width):
-    """Opened, stepped, a cell clicked with the guesses in sight, a token pointed at, tables and prompts, questions."""
-    open_page(chromium, width)
-    loaded = "return performance.getEntriesByType('resource').filter(e => !/^data:/.test(e.name))"
+class LotLayer(RoutedLayer):
+    """RandomLayer with given lots, one for each call and image."""
+
+    def score_and_sort(self, x):
+        return torch.full_like(x[:, :, 0], 0.5), self.lots.pop(0)
+
+
+def draw_lots(seeds: list[int], depth: int, tokens: int) -> torch.Tensor:
+    """The lots (steps, depth, 2 * images, N) in the order in which the page draws: a run, a step, a half, a layer."""
+    lots = torch.empty(STEPS, depth, 2, len(seeds), tokens, dtype=torch.long)
+    for image, seed in enumerate(seeds):
+        rng = torch.Generator().manual_seed(seed)
+        for step in range(STEPS):
+            for half in range(2):
+                for layer in range(depth):
+                    lots[step, layer, half, image] = torch.rand(tokens, generator=rng).argsort(stable=True)
+    return lots.flatten(2, 3)
+
+
+@pytest.mark.parametrize("name", ["learned", "uniform", "reversed", "dense", "any", "random tokens"])
+def test_the_page_computes_what_pytorch_computes(chromium, shipped, monkeypatch, name):
+    learned = shipped.ratios.detach()
+    rng = torch.Generator().manual_seed(1)
+    tables = {"uniform": torch.full_like(learned, float(learned.mean())), "reversed": learned.flip(1)}
+    tables.update({"dense": 0 * learned, "any": torch.rand(learned.shape, generator=rng)})
+    ratios = tables.get(name, learned)
+    noise = torch.stack([noise_of(seed, shipped.config.image_size) for seed in range(len(PROMPTS))])
+    lots = draw_lots(range(len(PROMPTS)), shipped.config.depth, shipped.config.tokens)
+    calls = []  # of each layer at each step: scores and order of the conditional half, and k
+    hooks = []
+    for i, layer in enumerate(shipped.layers):
+
+        def note(layer, inputs, options, _, i=i):
+            if name == "random tokens":
+                score, order = None, lots[len(calls) // shipped.config.depth, i]
+            else:
+                score, order = layer.score_and_sort(inputs[0])
+            calls.append((score, order, options["k"]))
+
+        hooks.append(layer.register_forward_hook(note, with_kwargs=True))
+        if name == "random tokens":
+            monkeypatch.setattr(layer, "__class__", LotLayer)
+            layer.lots = list(lots[:, i])
+    images = sample_images(shipped, encode(shipped.config, PROMPTS), noise, STEPS, GUIDANCE, ratios=ratios)
+    for hook in hooks:
+        hook.remove()
+
+    open_page(chromium, fragment="#steps=5")
+    for image, prompt in enumerate(PROMPTS):
+        random_seed = image if name == "random tokens" else None
+        arguments = (prompt, noise[image].flatten().tolist(), STEPS, GUIDANCE, ratios.tolist(), random_seed)
+        found = chromium.execute_async_script(SAMPLE_IN_PAGE, *arguments)
+
+        assert found["k"] == [k for _, _, k in calls]
+        for chosen, (score, order, k) in zip(found["chosen"], calls, strict=True):
+            at_a_tie = False
+            if score is not None and k < shipped.config.tokens:
+                at_a_tie = score[image, order[image, k - 1]] - score[image, order[image, k]] < 1e-5
+            assert at_a_tie or set(chosen) == set(order[image, :k].tolist())
+        difference = np.abs(to_uint8(found["pixels"]) - to_uint8(images[image].flatten()))
+        assert difference.max() <= 1
+
+
+def test_it_opens_on_the_picture_that_sample_py_draws_with_flops_and_seconds(chromium, shipped):
+    open_page(chromium)
+    assert chromium.execute_script("return state.tables") == ["learned", "dense"]
+    wait(chromium, "return runs[0].steps.length > state.step")
+    assert chromium.execute_script("return seen(0).routing.every(layer => layer.k < N)"), "here tokens bypass"
+    prompt = chromium.execute_script("return state.prompt")
+
+    pictures = finished_pictures(chromium)
+    learned = shipped.ratios.detach()
+    torch.backends.mha.set_fastpath_enabled(False)  # of the caption's encoder, whose operations are not counted
+    for picture, ratios in zip(pictures, (learned, 0 * learned)):
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            image = sample_images(shipped, encode(shipped.config, [prompt]), noise_of(0, 24)[None], 20, ratios=ratios)
+        assert np.abs(picture - to_uint8(image[0])).max() <= 1
+        counted = chromium.execute_script("return flopsOfRun(arguments[0])", ratios.tolist())
+        assert counted == counter.get_total_flops()
+    torch.backends.mha.set_fastpath_enabled(True)
+
+    wait(chromium, "return Boolean(seconds?.of)")
+    a, b = chromium.execute_script("return seconds.of")
+    verdict = chromium.find_element("id", "verdict").text
+    print(f"\n20 guided steps in the browser: learned {a:.2f} s, dense {b:.2f} s. {verdict}")
+    assert "less time" in verdict or "more time" in verdict
+    loaded = "return performance.getEntriesByType('resource').filter(entry => !/^(data|blob):/.test(entry.name))"
     assert chromium.execute_script(loaded) == []
-    assert "step 20 of 20" in text(chromium, "#clock")
-    assert chromium.execute_script("return tables().map(table => table.name)") == ["learned", "dense"]
-
-    model = records_of(explorer.PAGE.read_text(encoding="utf-8"))["models"][0]  # what is drawn is what is recorded
-    processed, scores = unpack(model, model["tables"][0])
-    for layer in range(model["depth"]):
-        seen = chromium.execute_script("return routing(tables()[0], arguments[0], 7)", layer)
-        assert seen["processed"] == processed[0, 7, layer].tolist() and seen["k"] == sum(seen["processed"])
-        assert np.allclose(seen["score"], scores[0, layer, :, 7] / 100)
-
-    cell = "#table .pane button[data-layer='4'][data-column='8']"
-    before = [picture(chromium, "#seen0"), picture(chromium, "#seen1"), picture(chromium, "#layers .pane canvas")]
-    cost = text(chromium, "#bill .cost")
-    element = chromium.find_element("css selector", cell)
-    chromium.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
-    element.click()
-    assert "t = 0.90" in text(chromium, "#clock") and text(chromium, "#h-close") == "Layer 5, up close"
-    after = [picture(chromium, "#seen0"), picture(chromium, "#seen1"), picture(chromium, "#layers .pane canvas")]
-    assert all(old != new for old, new in zip(before, after)) and text(chromium, "#bill .cost") != cost
-    for selector in (cell, "#seen0", "#seen1", "#prompt", "#table0", "#table1", "#play"):
-        assert in_sight(chromium, selector), selector
-    element.send_keys("\ue013\ue007")  # arrow up, Enter
-    assert text(chromium, "#h-close") == "Layer 4, up close"
-
-    box = chromium.find_element("css selector", "#layers .map")
-    chromium.execute_script("arguments[0].scrollIntoView({block: 'center'}); arguments[0].focus()", box)
-    box.send_keys("\ue014")  # arrow right
-    assert chromium.execute_script("return [state.layer, state.token]") == [0, 1]
-    assert "row 1, column 2" in text(chromium, "#token") and "score" in text(chromium, "#token")
-
-    images = set()
-    chromium.find_element("id", "step").send_keys("\ue010")  # End
-    for i in range(5):
-        choose(chromium, "table1", str(i))
-        images.add(picture(chromium, "#seen1"))
-    assert len(images) == 5
-    choose(chromium, "prompt", "1 0")
-    assert text(chromium, "#kind").startswith("\u201ca photo of an airplane\u201d") and "airplane" in text(
-        chromium, "#prompt"
-    )
-
-    for number, names in (("1", "learned,dense"), ("2", "learned,reversed"), ("3", "random tokens,uniform")):
-        details = chromium.find_element("id", f"q{number}")
-        assert not details.find_element("tag name", "p").is_displayed()
-        chromium.execute_script("arguments[0].open = true", details)
-        assert not details.text.strip().endswith("?") and len(details.text) > 200
-        button = chromium.find_element("css selector", f"[data-show='{number}']")
-        chromium.execute_script("arguments[0].click()", button)
-        wait(chromium, f"return String(tables().map(table => table.name)) === '{names}' && state.model === 0")
     assert chromium.get_log("browser") == []
 
 
-def test_no_sideways_scrolling_every_control_has_a_name_and_the_dark_is_followed(chromium):
-    open_page(chromium, 1280)
-    for width in (375, 320, 768, 1280):
-        look(chromium, width)
-        for prompt in ("0 0", "1 0"):
-            choose(chromium, "prompt", prompt)
-            assert chromium.execute_script("return document.documentElement.scrollWidth") <= width
-    nodes = chromium.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
-    nodes = [node for node in nodes if not node["ignored"]]
-    controls = ("button", "combobox", "slider", "application", "image", "link")
-    names = [(z["role"]["value"], z["name"]["value"]) for z in nodes if z.get("role", {}).get("value") in controls]
-    assert len(names) > 150 and all(name for _, name in names), [role for role, name in names if not name]
-    assert {"button", "slider", "application", "link"} <= {role for role, _ in names}
-    colour = "const style = getComputedStyle(document.body); return [style.backgroundColor, style.color]"
-    light = chromium.execute_script(colour)
-    look(chromium, 1280, dark=True)
-    dark = chromium.execute_script(colour)
-    bright, dim = [sum(map(int, re.findall(r"\d+", colours[0]))) for colours in (light, dark)]
-    assert bright > 600 and dim < 150 and light[1] != dark[1]
+def test_a_page_of_another_model_draws_what_pytorch_draws(chromium, small, monkeypatch):
+    page = small.with_name("page.html")
+    assert run_explorer(monkeypatch, small, "--out", page) == 0
+    frame = explorer.MODEL.sub("", page.read_text(encoding="utf-8"))
+    assert frame == explorer.MODEL.sub("", explorer.PAGE.read_text(encoding="utf-8"))
+
+    open_page(chromium, fragment="#steps=7&guidance=1&seed=3", page=page)
+    pictures = finished_pictures(chromium)
+
+    model, _ = read_checkpoint(small)
+    with_weights_of_page(model)
+    words = encode(model.config, ["a photo of a dog"])
+    image = sample_images(model, words, noise_of(3, 15)[None], 7, 1.0)
+    assert np.abs(pictures[0] - to_uint8(image[0])).max() <= 1
+    box = chromium.find_element("id", "words")
+    box.clear()
+    box.send_keys("a photo of a horse\n")
+    wait(chromium, "return document.getElementById('problem').textContent.includes('unknown word')")
     assert chromium.get_log("browser") == []
+
+
+# --- A walk through the page -----------------------------------------------------------------------------------------
+
+
+def field(driver, layer: int, column: int):
+    return driver.find_element("css selector", f"#table .pane input[data-layer='{layer}'][data-column='{column}']")
+
+
+def drag(driver, element, pixels: int) -> None:
+    actions = pytest.importorskip("selenium.webdriver").ActionChains(driver, duration=50)
+    driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
+    actions.click_and_hold(element).move_by_offset(pixels, 0).release().perform()
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_table_is_edited_taken_back_and_taken_along(chromium, width):
+    open_page(chromium, width, "#steps=5")
+    learned = finished_pictures(chromium)[0]
+
+    cell = field(chromium, 1, 9)
+    chromium.execute_script("arguments[0].scrollIntoView({block: 'center'})", cell)
+    cell.click()
+    cell.send_keys("0.9\ue007")  # Enter
+    cell.send_keys("\ue015")  # arrow down
+    assert chromium.execute_script("return [state.tables[0], state.mine[1][9]]") == ["my own", pytest.approx(0.85)]
+    mine = finished_pictures(chromium)[0]
+    assert (mine != learned).any()
+    assert chromium.execute_script("return seen(0).routing[1].k") == round(64 * 0.15)
+    address = chromium.execute_script("return location.href.split('#')[0] + fragment()")
+    table = chromium.execute_script("return toJson(state.mine)")
+
+    cell.send_keys("\ue009z\ue000")  # Control Z
+    cell.send_keys("\ue009z\ue000")
+    assert chromium.execute_script("return state.tables[0]") == "learned"
+    assert (finished_pictures(chromium)[0] == learned).all()
+
+    chromium.execute_script("readTable(arguments[0])", table)
+    assert (finished_pictures(chromium)[0] == mine).all()
+    chromium.execute_script("readTable('[[2]]')")
+    assert "6 rows" in chromium.find_element("id", "told").text
+    open_page(chromium, width, "#" + address.split("#")[1])
+    assert (finished_pictures(chromium)[0] == mine).all()
+    assert json.loads(table)["ratios"][1][9] == pytest.approx(0.85)
+
+    drag(chromium, field(chromium, 0, 0), 50)
+    assert chromium.execute_script("return state.mine[0][0]") == pytest.approx(0.5, abs=0.02)
+    row_mean = chromium.execute_script("return view[1].fields[C]")
+    chromium.execute_script("arguments[0].scrollIntoView({block: 'center'})", row_mean)
+    row_mean.click()
+    row_mean.send_keys("0.4\ue007")
+    assert chromium.execute_script("return state.mine[0]") == [0.4] * 10
+    chromium.execute_script("edit(0, scaled(data.ratios, 0.5))")
+    assert chromium.execute_script("return meanOf(state.mine)") == pytest.approx(0.5, abs=1e-3)
+    assert chromium.execute_script("return document.documentElement.scrollWidth") <= width
+    assert chromium.get_log("browser") == []
+
+
+def test_an_edit_stops_the_old_run(chromium):
+    open_page(chromium, fragment="#steps=30&guidance=1")
+    chromium.execute_script("window.old = runs[0]; edit(0, ratiosOf('uniform'))")
+    finished_pictures(chromium)
+    assert chromium.execute_script("return old !== runs[0] && old.steps.length < 30")
+    assert chromium.execute_script("return runs[0].steps.every(step => step.routing[0].k === 45)")
+
+
+def test_a_task_opens_its_answer_after_a_prediction(chromium):
+    open_page(chromium)
+    tasks = chromium.find_elements("css selector", ".task")
+    assert 3 <= len(tasks) <= 5
+    for task in tasks:
+        show, answer = task.find_elements("tag name", "button")
+        assert not answer.is_enabled()
+        chromium.execute_script("arguments[0].click()", show)
+        choice = task.find_element("css selector", "input")
+        chromium.execute_script("arguments[0].scrollIntoView({block: 'center'})", choice)
+        if choice.get_attribute("type") == "radio":
+            choice.click()
+        else:
+            choice.send_keys("2")
+        chromium.execute_script("arguments[0].click()", answer)
+        assert "You said" in task.text
+    assert chromium.get_log("browser") == []
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_axe_finds_no_fault(chromium, dark):
+    axe_selenium_python = pytest.importorskip("axe_selenium_python")
+    for width in (390, 1280):
+        open_page(chromium, width, "#steps=5")
+        look(chromium, width, dark)
+        finished_pictures(chromium)
+        axe = axe_selenium_python.Axe(chromium)
+        axe.inject()
+        faults = axe.run()["violations"]
+        assert not faults, [(fault["id"], [node["target"] for node in fault["nodes"]][:5]) for fault in faults]
