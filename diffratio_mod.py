@@ -7,19 +7,20 @@ routed layer, the model, the diffusion loss, the sampler. Two commands use it; b
     python train_cifar.py --dataset shapes --init assets/shapes_dense.pt    # learns the ratios in minutes
     python sample.py --prompt "a red circle above a blue square"            # samples in seconds, tokens really skipped
 
-Each layer has a router that scores every image token. The k tokens with the highest scores go through the layer, the
-others bypass it unchanged: routing as in Mixture-of-Depths (arXiv 2404.02258). The layer's update of a token is
-multiplied by the token's *gate*: twice its score if it is among the k, else 0. k = N (1 - ratio), rounded, follows from
-the layer's compression *ratio*, the share of tokens that bypass it (0 = dense). Every layer has one learnable ratio for
-each region of noise levels (the paper's timesteps): a column of its table. All start at zero, so that a pretrained
-model starts unchanged, and two forces shape them: a pull of their mean towards a target moves them all alike, the
-diffusion loss lowers those where skipping hurts. So the table comes to skip where the loss feels it least. k is a whole
-number and has no slope. So the choice of the k best is *straight-through*: a hard choice forwards, backwards with a
-slope in the ratio (see ratio_gate).
+Each layer has a learnable compression *ratio* for each region of noise levels (the paper's timesteps): the share of
+tokens that bypass the layer, 0 = dense. These ratios form a table, a row a layer and a column a region. They start at
+zero, so that a pretrained model starts unchanged, and two forces shape them: a pull of their mean towards a target
+moves all alike, the diffusion loss lowers those where skipping hurts. So the table learns to skip where it costs least.
 
-Training computes all N tokens and masks, for each image has its own noise level and its own k: it saves no time.
-Sampling gathers the k tokens and computes only these, with the same result up to rounding. What it computes for all N
-tokens all the same: the router, the sort and a copy in each layer, the embedding, the last norm and linear layer.
+Which tokens bypass is decided by a router in each layer: it gives every token a *score*. The k = N (1 - ratio),
+rounded, with the highest scores go through the layer, the others bypass it unchanged: routing as in Mixture-of-Depths
+(arXiv 2404.02258). What the layer adds to a token is multiplied by its *gate*: twice its score if it is among the k,
+else 0. k is a whole number and has no slope, so the choice is *straight-through*: hard in the forward pass, with a
+slope in the ratio in the backward pass (see ratio_gate).
+
+In training the images of a batch have different noise levels, and so different k: all N tokens are computed, and those
+that bypass are masked, which saves no time. Sampling gathers the k tokens and computes only these, with the same result
+up to rounding; for all N it still computes the routers, a sort and a copy a layer, the embedding and the last layer.
 
 What differs from the paper, with the reasons where it stands: the gate is twice the score; a ratio learns in one pass,
 through the tokens next after the k best, not in two at multiples of 10 %; ratios are clamped after the step, not in the
@@ -91,8 +92,9 @@ class Layer(nn.Module):
         self.caption_kv = nn.Linear(dim, 2 * dim)
         self.caption_out = nn.Linear(dim, dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
-        # adaLN-single (PixArt): the six modulations come from one projection of the timestep that all layers share; a
-        # layer owns this offset to it. Both start at zero, so a new layer's alphas are 0, and it adds nothing.
+        # adaLN-single (PixArt): the six modulations come from one projection of the timestep that all layers share
+        # (DiT.condition), plus this offset of the layer's own. These two and caption_out start at zero: a new layer
+        # adds nothing.
         self.modulation = nn.Parameter(torch.zeros(6, dim))
         for parameter in self.caption_out.parameters():
             nn.init.zeros_(parameter)
@@ -138,7 +140,7 @@ def ratio_loss(ratios: Tensor, target: float) -> Tensor:
     """The pull on the ratios (L, C): squared distance of their mean from the target (paper 3.3).
 
     The training loss is the mean diffusion loss + weight * ratio_loss(...). The paper's mean goes over layers and
-    batch, this one over the table, whose columns a sampler visits alike, however often training does.
+    batch, this one over the table: a sampler visits all columns alike, training some more often than others.
     """
     return (ratios.mean() - target) ** 2
 
@@ -151,20 +153,18 @@ def tokens_processed(ratios: Tensor, tokens: int) -> Tensor:
 def ratio_gate(rank: Tensor, k: Tensor, ratio: Tensor) -> Tensor:
     """The straight-through choice of the k best: 1 for these, 0 for all others, but backwards with a slope in `ratio`.
 
-    Why there is a slope: if the layer skips a little less, one more token is processed, the next after the k best, and
-    its gate goes from 0 to its full value. To first order that changes the loss by its derivative at gate 0. A factor
-    with the value 0 and a slope gives the ratio just this gradient. As dk / dratio = -N, the slope is -N, shared among
-    the next e tokens (fewer if fewer bypass), which stand for it with less variance, and halved: -N / (2 e) each. So
+    Why there is a slope. A lower ratio lets one more token in, the next after the k best: its gate goes from 0 to full.
+    The loss changes by about the mean of its derivatives at both ends (the trapezoid rule). At full gate the derivative
+    is taken to be 0, for there the router has tuned the gate, if only on average over tokens; so half of the derivative
+    at gate 0 is left. As dk / dratio = -N, the ratio's gradient is -N / 2 times this derivative. It is averaged over
+    the next e tokens (fewer if fewer bypass), which have less variance than one. A factor with the value 0 and the
+    slope -N / (2 e), on each of these tokens, gives just that, with the layer's result y:
 
         dloss / dratio = -N / (2 e) * (sum over the next e tokens of 2 score <dloss / dy, update>)
 
-    with the layer's result y: positive if processing them would lower the loss, and descent then lowers the ratio.
-
-    The half: skipping costs the difference of the loss between gate 0 and full gate, and the trapezoid rule takes the
-    mean of the derivatives at both ends. At full gate it is taken to be 0: there the router has tuned the gate, if only
-    on average over tokens. (So the slope cannot come from the k best: their gates lie where the loss is nearly flat,
-    whatever skipping them would cost.) What the slope leaves out: if processed, a token would also be attended to, by
-    itself and others. That may favour skipping.
+    It is positive if processing them would lower the loss, and descent then lowers the ratio. (It cannot come from the
+    k best: their gates lie where the loss is nearly flat, whatever skipping them would cost.) What it leaves out: a
+    token that is processed would also be attended to, by itself and others. That may favour skipping.
 
     The paper instead runs each layer twice in training, at the multiples of 10 % below and above its ratio, and mixes
     the outputs: the difference that skipping makes, computed and not estimated, for a second pass.
@@ -228,7 +228,7 @@ class RoutedLayer(nn.Module):
             gate = gate * ratio_gate(rank, k_best, ratio)
             return (x + gate.unsqueeze(2) * self.layer(x, rank < k_best, *context)).to(x.dtype)
 
-        if k == N:
+        if k == N:  # nothing to gather
             return torch.addcmul(x, gate.unsqueeze(2), self.layer(x, None, *context)).to(x.dtype)
         # Rows of x as (B * N, D): index_select and index_add are faster than gather and scatter_add.
         rows = (order[:, :k] + N * torch.arange(B, device=x.device).unsqueeze(1)).flatten()
@@ -273,7 +273,7 @@ class DiT(nn.Module):
         for parameter in nn.ModuleList([self.condition, self.condition_out, self.out]).parameters():
             nn.init.zeros_(parameter)
 
-        # The four modes, the paper's ablation, differ in this table alone:
+        # The four modes, the paper's ablation, differ in this table:
         #   dense           zeros, and no router runs
         #   uniform         one fixed ratio everywhere (plain Mixture-of-Depths); the trainer fills it in
         #   layer           one learned ratio a layer, the same at all noise levels (paper 3.3)
@@ -378,7 +378,7 @@ def sample_images(
     a, s = (z.tolist() for z in schedule(levels))
     known = torch.zeros_like(noise) if known is None else known
     mask = torch.ones_like(noise[:, :1]) if mask is None else mask
-    low, high = guidance_interval  # below, 1e-4: for a t on an edge
+    low, high = guidance_interval  # 1e-4, below: rounding must not exclude a t on an edge
     guided = [guidance != 1 and low - 1e-4 <= t <= high + 1e-4 for t in levels[:-1].tolist()]  # of each step
     if any(guided):
         words = torch.cat([words, torch.zeros_like(words)])  # the given captions and the null ones

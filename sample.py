@@ -112,8 +112,8 @@ def sampling_flops(
             function(*arguments, **options)
         return counter.get_total_flops()
 
-    captions = max(batch for batch, _ in calls)  # 2 if guidance acts, 1 else
-    total = count(model.encode_caption, words[:captions])  # once for all steps
+    caption_count = max(batch for batch, _ in calls)  # 2 if guidance acts, 1 else
+    total = count(model.encode_caption, words[:caption_count])  # once for all steps
     for (batch, k), times in calls.items():
         noisy = known = images[:batch]
         mask = images[:batch, :1]
@@ -245,9 +245,11 @@ def draw_routing(model: DiT, prompts: Sequence[str], seed: int, **options) -> Im
         layers_so_far.clear()
 
     hooks = record_routing(model, layers_so_far)
-    images_from_prompts(model, prompts, seed, hook=end_of_step, **options)
-    for hook in hooks:
-        hook.remove()
+    try:
+        images_from_prompts(model, prompts, seed, hook=end_of_step, **options)
+    finally:  # also without enough memory, after which a training goes on
+        for hook in hooks:
+            hook.remove()
 
     columns, names = [], []
     for n, prompt in enumerate(prompts):  # with guidance, the first half of a batch is the conditional one

@@ -1444,9 +1444,9 @@ class ReferenceRun:
         return {
             "rates": [optimizer.param_groups[0]["lr"] for optimizer in self.optimizers],
             "step": self.step,
-            "loss": float(losses.mean()),
+            "loss": losses.mean().item(),
             "gradient_norm": norm,
-            "loss_by_region": [float(losses[regions == region].mean()) for region in range(3)],
+            "loss_by_region": [losses[regions == region].mean().item() for region in range(3)],
             "mean_ratio": float(self.model.ratios.mean()),
         }
 
@@ -1760,7 +1760,7 @@ def test_checkpoints_metrics_and_pictures_come_when_they_are_due_checkpoints_fir
     assert saved == [*range(10)]
     saved.clear()
     train_cifar.train(tiny_run("--steps", 9, "--save-every", 1000), tmp_path, pictures=False)
-    assert saved == [0, 2, 4, 6, 9]
+    assert saved == [0, 9]
 
 
 def test_a_folder_holds_a_run_from_its_start_on(tmp_path, capsys):

@@ -98,9 +98,13 @@ def train(run: Run, out: Path, pictures: bool = True) -> int | None:
     """
     s, model = run.settings, run.model
     loss_of = torch.compile(diffusion_loss, fullgraph=True) if s.compile else diffusion_loss
-    weights = [parameter for name, parameter in model.named_parameters() if name != "ratios"]
+    clipped = [
+        parameter for name, parameter in model.named_parameters() if name != "ratios"
+    ]  # these are few, and bounded
     started = time.perf_counter() - run.seconds
-    save_checkpoint(run, out)  # before the first step: from now on the folder holds a run, and no other starts in it
+    save_checkpoint(
+        run, out
+    )  # before the first step: from now on the folder holds a run, and a second start is refused
     last_save = time.perf_counter()
 
     with stop_on_signals() as signals, tqdm(total=s.steps, initial=run.step, unit="step", dynamic_ncols=True) as bar:
@@ -118,7 +122,7 @@ def train(run: Run, out: Path, pictures: bool = True) -> int | None:
 
             model.zero_grad()
             loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(weights, 1.0)
+            norm = torch.nn.utils.clip_grad_norm_(clipped, 1.0)
             for group in run.adamw.param_groups + run.muon.param_groups:
                 group["lr"] = group["peak"] * share_of_peak(run.step, s.steps)
             run.adamw.step()
@@ -130,10 +134,10 @@ def train(run: Run, out: Path, pictures: bool = True) -> int | None:
             bar.update()
 
             finished = run.step == s.steps
-            pictures_are_due = finished or run.step in (s.steps // 4, s.steps // 2, 3 * s.steps // 4)
+            pictures_are_due = pictures and run.step in (s.steps // 4, s.steps // 2, 3 * s.steps // 4)
             metrics_are_due = finished or run.step % s.log_every == 0
             minutes_since_save = (time.perf_counter() - last_save) / 60
-            save_is_due = pictures_are_due or signals or minutes_since_save >= s.save_every
+            save_is_due = finished or pictures_are_due or signals or minutes_since_save >= s.save_every
             if metrics_are_due or save_is_due:
                 check_sums(run)  # which reads them: a GPU is done with its work then
                 run.seconds = time.perf_counter() - started
@@ -145,8 +149,10 @@ def train(run: Run, out: Path, pictures: bool = True) -> int | None:
                 last_save = time.perf_counter()
             if signals:
                 return signals[0]
-            if pictures and pictures_are_due:
+            if pictures_are_due:
                 write_pictures(run, out)
+        if pictures:
+            write_pictures(run, out)
     run.seconds = time.perf_counter() - started
     return None
 
@@ -156,7 +162,7 @@ def train(run: Run, out: Path, pictures: bool = True) -> int | None:
 
 @contextlib.contextmanager
 def stop_on_signals() -> Iterator[list[int]]:
-    """A list that will hold the signal to stop after the step that runs. A second one ends the process at once.
+    """A list that will hold the signal to stop after the step that runs. The same one again ends the process at once.
 
     Ctrl-C, kill, a scheduler's warning, a closed terminal (some are not there on Windows). Afterwards all is as it was.
     """
@@ -385,7 +391,7 @@ def take_weights(run: Run, init: str) -> None:
     source = read_checkpoint(Path(init))[0]
     own, other = run.model.config, source.config
     unfit = []
-    if (own.mode, own.regions) != (other.mode, other.regions):
+    if own.mode != other.mode or run.model.ratios.shape != source.ratios.shape:
         unfit.append("ratios")
         if other.mode != "dense":
             print(f"{init} has another kind of table: not taken, the ratios start at zero", file=sys.stderr)
@@ -449,7 +455,7 @@ def make_parser() -> Parser:
     add("--amp", action="store_true", help="run the network in bfloat16 (default off)")
     add("--compile", action="store_true", help="compile the loss; needs a C++ compiler (default off)")
     add = parser.add_argument_group("the method").add_argument
-    add("--mode", choices=MODES, default="layer-timestep", help="of the table (default layer-timestep)")
+    add("--mode", choices=MODES, default="layer-timestep", help="which ratios are learned (default layer-timestep)")
     add("--target-ratio", type=number(float, 0, 0.99), default=0.3, help="share that bypasses (default 0.3)")
     add("--timestep-regions", type=number(int, 1, 1000), default=10, help="columns of the table (default 10)")
     add("--ratio-weight", type=number(float, 0, 1e4), default=2.0, help="of the pull; 0: off (default 2)")
@@ -459,8 +465,8 @@ def make_parser() -> Parser:
     add("--lr", type=zero_to_one, help="peak, for AdamW (default 3e-3 * 128 / dim; a quarter of it with --init)")
     add("--muon-lr", type=zero_to_one, help="peak, for the layers' matrices (default 0.01; a quarter with --init)")
     add("--noise", type=number(float, -9, 9), nargs=2, metavar=("MEAN", "DEVIATION"),
-        help="of log(noise / signal) (default -1 1.2; shapes from nothing 0 1.6)")  # fmt: skip
-    add("--image-size", type=size, help="pixels (default 32, shapes 24; with --init these five as there)")
+        help="of log(noise / signal) (default -1 1.2; shapes without --init 0 1.6)")  # fmt: skip
+    add("--image-size", type=size, help="pixels (default 32, shapes 24; with --init these five are the checkpoint's)")
     add("--patch-size", type=size, help="pixels (default 4, shapes 3)")
     add("--dim", type=size, help="width (default 128)")
     add("--depth", type=size, help="layers (default 6)")
@@ -494,17 +500,21 @@ def fill_defaults(given: argparse.Namespace) -> argparse.Namespace:
         default("steps", 30_000)
     default("steps", 750 if s.init else 3000)
     default("dense_steps", 0 if s.init else min(round(0.6 * s.steps), s.steps - 1))
-    if s.mode != "dense" and s.dense_steps >= s.steps:
-        raise InputError(f"--dense-steps {s.dense_steps} leave no step for routing: they must be fewer than --steps")
-    gentleness = 0.25 if s.init else 1.0  # a trained network is changed more gently
-    default("lr", gentleness * 3e-3 * 128 / s.dim)
-    default("muon_lr", gentleness * 0.01)
+    refuse_without_routing(s)
+    rate = 0.25 if s.init else 1.0  # a trained network is changed more gently
+    default("lr", rate * 3e-3 * 128 / s.dim)
+    default("muon_lr", rate * 0.01)
     if shapes and not s.init:
         default("noise", [0.0, 1.6])  # much noise teaches layout
     default("noise", [-1.0, 1.2])
     if s.noise[1] < 0:
         raise InputError(f"the deviation of --noise must not be negative, as {s.noise[1]:g} is")
     return s
+
+
+def refuse_without_routing(s: argparse.Namespace) -> None:
+    if s.mode != "dense" and s.dense_steps >= s.steps:
+        raise InputError(f"--dense-steps {s.dense_steps} leave no step for routing: they must be fewer than --steps")
 
 
 def read_settings(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Path, dict | None]:
@@ -514,7 +524,9 @@ def read_settings(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Path,
     path = out / "checkpoint.pt"
     if not given.resume:
         if path.exists():
-            raise InputError(f"{out} holds a run already, and --resume goes on with it; another --out starts a new one")
+            raise InputError(
+                f"{out} holds a run: --resume goes on with it; another --out, or without it, starts a new one"
+            )
         return fill_defaults(given), out, None
     if not path.exists():
         raise InputError(f"{out} holds no run to go on with; another --out starts a new one")
@@ -530,6 +542,7 @@ def read_settings(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Path,
     step = checkpoint["step"]
     if s.steps < step:
         raise InputError(f"{path} has done {step} steps, more than --steps {s.steps}")
+    refuse_without_routing(s)
     if s.steps != saved["steps"]:
         before, after = (share_of_peak(step, steps) for steps in (saved["steps"], s.steps))
         rate = f"the learning rate goes from {before:.0%} to {after:.0%} of its peak, to fall over the last 40 %"
@@ -539,6 +552,10 @@ def read_settings(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Path,
 
 
 # --- Data: images, captions, a vocabulary, and prompts to show -------------------------------------------------------
+
+# A data set has: vocabulary (words), caption_length, prompts (captions to show), length (images, or None: no end), and
+# batch(count, rng) -> images (count, 3, S, S) in [-1, 1], captions, object masks or None. To add one, write such a
+# class, and name it in load_data and in --dataset.
 
 
 def load_data(s: argparse.Namespace, part: str = "train") -> Shapes | Pictures:
@@ -783,12 +800,14 @@ def hidden(name: str) -> bool:
 
 
 def even_noise_levels(count: int, generator: torch.Generator) -> Tensor:
-    """Random noise levels (count,) in (0, 1), ascending, one in each of `count` equal strata."""
+    """Random noise levels (count,) in (0, 1), ascending, one in each of `count` equal parts."""
     return (torch.arange(count) + torch.rand(count, generator=generator).clamp(1e-4, 1 - 1e-4)) / count
 
 
 def random_noise_levels(count: int, mean: float, deviation: float, rng: torch.Generator) -> Tensor:
-    """Noise levels t (count,) in [0.001, 1], log(noise / signal) being normal (Karras et al. 2022), one a stratum.
+    """Noise levels t (count,) in [0.001, 1], log(noise / signal) being normal (Karras et al. 2022).
+
+    One lies in each of `count` equally likely parts.
 
     At the usual mean, -1, most images are rather clean: there the details are decided that an eye sees first.
     """

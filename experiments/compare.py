@@ -10,11 +10,11 @@ same images and noise for all: differences are paired. What lies in --runs alrea
 was stopped goes on. Leaves compare-DATASET-TARGET.json and .png in experiments/results/, or what --out names.
 
 Arms: dense; layer-timestep; uniform, at the mean ratio that layer-timestep has reached; layer; two-branch (the
-paper's gradient). Controls, all with a fixed table: the table that layer-timestep has learned with the same seed ("learned
-table"), the same shuffled over its cells, reversed in time, with randomly chosen tokens, with routers that stay at their
-start; and a hand-made table that is linear in the noise level. Pruned: a dense model without as many of its layers,
-those that are missed least. Training-free, on the dense arm's model at a uniform ratio: merging (package tomesd),
-random dropping.
+paper's gradient). Controls, all with a fixed table: the table that layer-timestep has learned with the same seed
+("learned table"), the same shuffled over its cells, reversed in time, with randomly chosen tokens, with routers that
+stay at their start; and a hand-made table that is linear in the noise level. Pruned: a dense model without as many of
+its layers, those that are missed least. Training-free, on the dense arm's model at a uniform ratio: merging (package
+tomesd), random dropping.
 """
 
 import argparse

@@ -2,12 +2,13 @@
 
     python experiments/judge.py assets/shapes_dense.pt assets/shapes_routed.pt --num 240     # minutes on two CPU cores
 
-The classifier sees an image and names its layout (one object, two above each other, two side by side) and the
-colour and the shape of the first (upper or left) and of the second object. A prompt is followed if all of it is
-right. It is trained once, on renderings of all pairs with noise and ragged edges, and kept in runs/; its own errors
-are printed first.
-Inpainting: the object of a true rendering is cut out by a box. Another object is asked for in its place, and is there or
-not; or the same one: the error is the root mean square difference to the rendering within the box, pixels in [-1, 1].
+The classifier sees an image and names its layout (one object, two above each other, two side by side) and the colour
+and the shape of the first (upper or left) and of the second object. A prompt is followed if all of it is right. It is
+trained once, on renderings of all pairs with noise and ragged edges, and kept in runs/; its own errors are printed
+first.
+Inpainting: the object of a true rendering is cut out by a box. Another object is asked for in its place, and is there
+or not; or the same one: the error is the root mean square difference to the rendering within the box, pixels in [-1,
+1].
 """
 
 import itertools

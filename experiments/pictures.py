@@ -2,11 +2,11 @@
 
     python experiments/pictures.py    # under a minute on a CPU
 
-Nothing is chosen by eye: seed 0, one image a prompt. `sampling.gif`: one prompt from noise to image, dense beside routed,
-with the tokens that each layer processed. `dense_and_learned.png`: the prompts that the checkpoints keep, of `shapes`
-every second (four with one object, four with two), of the photographs the first eight. Two models are compared, not one
-model with two tables: from `shapes_dense.pt` the routed one was trained for 750 steps more; the two of CIFAR-10 were
-trained for equally long. Leaves both in assets/, or where --out says.
+Nothing is chosen by eye: seed 0, one image a prompt. `sampling.gif`: one prompt from noise to image, dense beside
+routed, with the tokens that each layer processed. `dense_and_learned.png`: the prompts that the checkpoints keep, of
+`shapes` every second (four with one object, four with two), of the photographs the first eight. Two models are
+compared, not one model with two tables: from `shapes_dense.pt` the routed one was trained for 750 steps more; the two
+of CIFAR-10 were trained for equally long. Leaves both in assets/, or where --out says.
 """
 
 import textwrap

@@ -192,8 +192,8 @@ def test_the_choice_of_an_arm_is_the_cheapest_within_one_standard_error_of_the_b
     def cost(guidance):
         return 1 - guidance.interval[0]
 
-    for sign, higher in ((1, False), (-1, True)):
-        for error, expected in ((1.0, 0.25), (2.0, 0.45)):
+    for sign, higher in ((1, False), (-1, True)):  # noqa: B007 (try_it reads both)
+        for error, expected in ((1.0, 0.25), (2.0, 0.45)):  # noqa: B007
             asked.clear()
             best, tried = tradeoff.choose(try_it, cost, [1, 2, 3, 4, 5], intervals, higher)
             assert best == Guidance(4, (expected, 1))

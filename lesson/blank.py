@@ -47,11 +47,11 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
-from parts import HANDED_OUT, NUMBERS, ORIGINAL, PARTS, WRONG, blank, blanks_left, changed_outside, with_answer  # noqa: E402
-from run import load, read_source  # noqa: E402
+from parts import HANDED_OUT, NUMBERS, ORIGINAL, PARTS, WRONG, blank, blanks_left, changed_outside, with_answer
+from run import load, read_source
 
-from diffratio_mod import InputError  # noqa: E402
-from sample import Parser, number, replace_file, run_command  # noqa: E402
+from diffratio_mod import InputError
+from sample import Parser, number, replace_file, run_command
 
 TESTS = ORIGINAL.with_name("test_diffratio_mod.py")
 SOLUTION = "my_solution"  # the name under which a student's file is imported

@@ -1,7 +1,7 @@
 """Put a routed model into the page lesson/explorer.html, which samples with it in the browser.
 
     python lesson/explorer.py                                                    # the shipped model, a second
-    python lesson/explorer.py runs/shapes/checkpoint.pt --out my_explorer.html   # your own, whatever its sizes and words
+    python lesson/explorer.py runs/shapes/checkpoint.pt --out my_explorer.html   # your own, with its sizes and words
 
 Only the model in the page is replaced: what the page looks like, says and computes stays as in explorer.html. It needs
 no network and no library; open it in a browser.

@@ -23,12 +23,12 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
-from common import scaled, to_float  # noqa: E402
-from judge import followed, mixed_prompts, trained_judge  # noqa: E402
-from rivals import RandomLayer, use  # noqa: E402
+from common import scaled, to_float
+from judge import followed, mixed_prompts, trained_judge
+from rivals import RandomLayer, use
 
-from diffratio_mod import DiT, InputError, RoutedLayer, column_of, tokens_processed  # noqa: E402
-from sample import (  # noqa: E402
+from diffratio_mod import DiT, InputError, RoutedLayer, column_of, tokens_processed
+from sample import (
     DEFAULT_CHECKPOINT,
     Parser,
     draw_grid,

@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from diffratio_mod import InputError  # noqa: E402
+from diffratio_mod import InputError
 
 PUBLIC = ("Config", "InputError", "Layer", "RoutedLayer", "DiT", "column_of", "ratio_loss", "tokens_processed")
 PUBLIC += ("ratio_gate", "schedule", "diffusion_loss", "sample_images", "encode", "words_of", "normalise")

@@ -21,10 +21,10 @@ import pytest
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path[:0] = [str(HERE), str(ROOT)]
-import blank  # noqa: E402
-import parts  # noqa: E402
-import run  # noqa: E402
-from parts import NUMBERS, PARTS, WRONG, Answer  # noqa: E402
+import blank
+import parts
+import run
+from parts import NUMBERS, PARTS, WRONG, Answer
 
 SOURCE = parts.ORIGINAL.read_text(encoding="utf-8")
 PULL = "(ratios.mean() - target) ** 2"  # the answer to part 2
