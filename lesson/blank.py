@@ -179,7 +179,7 @@ def run_pytest(plugin: object, *options: str) -> int:
     arguments += [
         f"-pno:{name}" for name in ("cacheprovider", "faulthandler", "unraisableexception", "threadexception")
     ]
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         return pytest.main(arguments, [plugin])
 
 
