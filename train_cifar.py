@@ -98,13 +98,10 @@ def train(run: Run, out: Path, pictures: bool = True) -> int | None:
     """
     s, model = run.settings, run.model
     loss_of = torch.compile(diffusion_loss, fullgraph=True) if s.compile else diffusion_loss
-    clipped = [
-        parameter for name, parameter in model.named_parameters() if name != "ratios"
-    ]  # these are few, and bounded
+    # The ratios' gradient is not clipped with the others: their learning rate is their own, and so are their bounds.
+    clipped = [parameter for name, parameter in model.named_parameters() if name != "ratios"]
     started = time.perf_counter() - run.seconds
-    save_checkpoint(
-        run, out
-    )  # before the first step: from now on the folder holds a run, and a second start is refused
+    save_checkpoint(run, out)  # from now on, before the first step, the folder holds a run: a second start is refused
     last_save = time.perf_counter()
 
     with stop_on_signals() as signals, tqdm(total=s.steps, initial=run.step, unit="step", dynamic_ncols=True) as bar:
