@@ -81,14 +81,20 @@ def list_captions(folder: Path) -> tuple[list[tuple[str, str]], list[str]]:
     return list(rows.items()), problems
 
 
-def list_classes(folder: Path) -> list[tuple[str, int]]:
-    """The pictures of class folders, as (file name, label); a class is a folder, its label its place among them."""
+def list_classes(folder: Path, known: dict[str, int]) -> list[tuple[str, int]]:
+    """The pictures of class folders, as (file name, label). known: the labels of the names that the pipeline knows."""
     classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    if all(name in known for name in classes):
+        labels = known
+    elif all(name.isdecimal() for name in classes):
+        labels = {name: int(name) for name in classes}
+    else:
+        labels = {name: i for i, name in enumerate(classes)}
     rows = []
-    for label, name in enumerate(classes):
+    for name in classes:
         for path in sorted((folder / name).rglob("*")):
             if path.suffix.lower() in PICTURES:
-                rows.append((str(path.relative_to(folder)), label))
+                rows.append((str(path.relative_to(folder)), labels[name]))
     return rows
 
 
@@ -149,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with input_errors(f"cannot use --pretrained {args.pretrained}"):
         options = {"revision": args.revision}
         # The transformer itself is not needed, and may be large.
-        pipe = DiffusionPipeline.from_pretrained(args.pretrained, transformer=None, torch_dtype=dtype, **options)
+        pipe = DiffusionPipeline.from_pretrained(args.pretrained, transformer=None, dtype=dtype, **options)
         config = PixArtTransformer2DModel.load_config(args.pretrained, subfolder="transformer", **options)
     pipe.to(accelerator.device)
     scale = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
@@ -157,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     of_classes = isinstance(pipe, DiTPipeline)
     with input_errors(f"cannot read --images {args.images}"):
         if of_classes:
-            rows = list_classes(args.images)
+            rows = list_classes(args.images, pipe.labels)
             problems = []
         else:
             rows, problems = list_captions(args.images)

@@ -61,7 +61,7 @@ def load_pipeline(args) -> DiffusionPipeline:
         pipe = plain_pipeline(args)
         if (args.routed / "transformer").is_dir():
             kind = type(pipe.transformer)
-            pipe.transformer = kind.from_pretrained(args.routed / "transformer", torch_dtype=DTYPES[args.dtype])
+            pipe.transformer = kind.from_pretrained(args.routed / "transformer", dtype=DTYPES[args.dtype])
         if args.offload == "sequential":  # before routing, which then stays on the GPU: it is small
             pipe.enable_sequential_cpu_offload(device=args.device)
         load_routing(pipe.transformer, args.routed / "routing.pt")
@@ -74,7 +74,7 @@ def load_pipeline(args) -> DiffusionPipeline:
 
 def plain_pipeline(args) -> DiffusionPipeline:
     pipe = DiffusionPipeline.from_pretrained(
-        args.pretrained, revision=args.revision, torch_dtype=DTYPES[args.dtype]
+        args.pretrained, revision=args.revision, dtype=DTYPES[args.dtype]
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
