@@ -160,6 +160,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise InputError("what shall it draw? --prompt or --prompts")
     if args.compare and args.offload:
         raise InputError("--compare measures time, which --offload changes: leave one out")
+    if args.offload == "sequential" and args.device == "cpu":
+        raise InputError("--offload sequential needs a GPU, from which it takes the weights")
     pipe = load_pipeline(args)
     pipes = {"routed": pipe}
     if args.compare:
