@@ -4,21 +4,14 @@
     accelerate launch experiments/finetune.py --pretrained NAME --data samples --out runs/routed
     accelerate launch --multi_gpu --mixed_precision bf16 experiments/finetune.py ...                # by all GPUs
 
-NAME is a folder, or a name on the hub, of a PixArt or DiT pipeline; only its transformer and scheduler are read, and
-its VAE with --report-to. encode.py makes the samples, .safetensors files with
-    latents (c, h, w)       of the model's size, as it sees them: multiplied by the VAE's scaling factor
-    prompt_embeds (W, d)    for a PixArt: the text encoder's output for the W words of this caption
-    class_labels ()         for a DiT, in the place of the prompt: a whole number
-null.safetensors is the empty prompt: for classifier-free guidance it takes the place of one prompt in ten. (A DiT has a
-label for that.)
-
-What a run leaves in --out: routing.pt, the table and the averaged routers; transformer/, the averaged weights in the
-library's own form (not with --train routing); metrics.jsonl; ratios.png, a picture of the table; and checkpoint-STEP/,
-from which --resume goes on. SIGTERM and SIGUSR1 save and end a run. finetuning.md tells the whole way.
-Letters as in diffratio_mod.py: B images of one process and pass, C columns of the table.
+NAME is a folder, or a name on the hub, of a PixArt or DiT pipeline: its transformer and scheduler, and its VAE with
+--report-to. encode.py makes the samples; samples.py tells their form. What a run leaves in --out: routing.pt, the table
+and the averaged routers; transformer/, the averaged weights in the library's own form (not with --train routing);
+metrics.jsonl; ratios.png, a picture of the table; and checkpoint-STEP/, from which --resume goes on. SIGTERM and
+SIGUSR1 save and end a run. finetuning.md tells the whole way. Letters as in diffratio_mod.py: B images of one process
+and pass, C columns of the table.
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -33,7 +26,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, set_seed
-from diffusers import AutoModel, DDPMScheduler, DiffusionPipeline, DiTTransformer2DModel, PixArtTransformer2DModel
+from diffusers import AutoModel, DDPMScheduler, DiTTransformer2DModel, PixArtTransformer2DModel
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -41,11 +34,13 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from routing_diffusers import TIMESTEPS, diffusion_loss, load_routing, route
 from samples import Samples, put_together, read_samples
+from tracking import picture_of, pipeline_around, report
 
 from diffratio_mod import InputError, column_of, ratio_loss
-from sample import Parser, draw_ratios, input_errors, number, replace_file, run_command
+from sample import Parser, input_errors, number, replace_file, run_command
 
-MAY_CHANGE = ("resume", "out", "pretrained", "data", "workers", "save_every", "validate_every", "report_to")  # --resume
+# What --resume may change: where things lie, and how often something is written.
+MAY_CHANGE = "resume out pretrained data routing workers log_every save_every validate_every report_to".split()
 
 
 def make_parser() -> Parser:
@@ -89,12 +84,12 @@ def make_parser() -> Parser:
 # --- What a run starts from, and what it leaves ------------------------------------------------------------------
 
 
-def load_model(args: argparse.Namespace) -> tuple[nn.Module, DDPMScheduler]:
+def load_model(args) -> tuple[nn.Module, DDPMScheduler]:
     """The model, in fp32, routed if that is asked for, and the noise schedule that it was trained with."""
     with input_errors(f"cannot use --pretrained {args.pretrained}"):
-        where = {"revision": args.revision}
-        model = AutoModel.from_pretrained(args.pretrained, subfolder="transformer", low_cpu_mem_usage=False, **where)
-        scheduler = DDPMScheduler.from_pretrained(args.pretrained, subfolder="scheduler", **where)
+        options = {"revision": args.revision, "low_cpu_mem_usage": False}
+        model = AutoModel.from_pretrained(args.pretrained, subfolder="transformer", **options)
+        scheduler = DDPMScheduler.from_pretrained(args.pretrained, subfolder="scheduler", revision=args.revision)
         if not isinstance(model, PixArtTransformer2DModel | DiTTransformer2DModel):
             raise InputError(f"its {type(model).__name__} cannot be routed: only a PixArt or DiT of diffusers can")
         if getattr(model, "use_additional_conditions", False):
@@ -106,13 +101,15 @@ def load_model(args: argparse.Namespace) -> tuple[nn.Module, DDPMScheduler]:
     if args.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     model.requires_grad_(args.train == "all")
-    if args.target_ratio > 0 and args.routing is None:
-        route(model, args.timestep_regions)
-    elif args.target_ratio > 0 and args.routing.suffix == ".json":
-        with input_errors(f"cannot use --routing {args.routing}"):
+    if args.target_ratio == 0:
+        return model, scheduler
+    with input_errors(f"cannot use --routing {args.routing}"):
+        if args.routing is None:
+            route(model, args.timestep_regions)
+        elif args.routing.suffix == ".json":
             route(model, ratios=torch.tensor(json.loads(args.routing.read_text())["ratios"]))
-    elif args.target_ratio > 0:
-        load_routing(model, args.routing)
+        else:
+            load_routing(model, args.routing)
     return model, scheduler
 
 
@@ -133,7 +130,7 @@ def save_checkpoint(accelerator: Accelerator, path: Path) -> None:
             shutil.rmtree(old)
 
 
-def write_results(model: nn.Module, averaged: EMAModel, weights: list, args: argparse.Namespace) -> None:
+def write_results(model: nn.Module, averaged: EMAModel, weights: list, args) -> None:
     """The averaged weights in the library's own form; the routing, with the averaged routers; the picture of the table.
 
     The table itself is not averaged: the weights fit the ratios of now.
@@ -145,7 +142,7 @@ def write_results(model: nn.Module, averaged: EMAModel, weights: list, args: arg
             with replace_file(args.out / "routing.pt") as file:
                 torch.save(model.routing.state_dict(), file)
             with replace_file(args.out / "ratios.png") as file:
-                picture_of(model).save(file, "PNG")
+                picture_of(model.routing).save(file, "PNG")
 
 
 @contextlib.contextmanager
@@ -157,11 +154,6 @@ def averaging(averaged: EMAModel, weights: list) -> Iterator[None]:
     averaged.restore(weights)
 
 
-def picture_of(model: nn.Module):
-    ratios = model.routing.ratios.detach()
-    return draw_ratios(ratios, f"The learned table, mean {ratios.mean():.3f}")
-
-
 def write_metrics(path: Path, line: dict) -> None:
     """Append a line; those of a run that went further than the checkpoint from which it was resumed are replaced."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
@@ -170,13 +162,11 @@ def write_metrics(path: Path, line: dict) -> None:
         file.write("".join(old + "\n" for old in [*lines, json.dumps(line)]).encode())
 
 
-def settle(args: argparse.Namespace, accelerator: Accelerator) -> None:
+def settle(args, accelerator: Accelerator) -> None:
     """The flags of a run are kept with it; --resume refuses others, as the run would be neither the old nor a new one."""
     path = args.out / "settings.json"
     settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
-    settings["mixed_precision"] = accelerator.mixed_precision
-    settings["routing"] = str(args.routing)
-    settings["processes"] = accelerator.num_processes
+    settings.update(mixed_precision=accelerator.mixed_precision, processes=accelerator.num_processes)
     if args.resume:
         with input_errors(f"cannot read {path}"):
             before = json.loads(path.read_text(encoding="utf-8"))
@@ -192,13 +182,26 @@ def settle(args: argparse.Namespace, accelerator: Accelerator) -> None:
 # --- While it trains ---------------------------------------------------------------------------------------------
 
 
-def count_losses(sums: Tensor, losses: Tensor, timestep: Tensor) -> None:
-    """Add the losses of a batch (B,) to sums (2, C): of the losses in each region, and of the images."""
+def loader_of(data: Samples, numbers: range, args, accelerator: Accelerator) -> torch.utils.data.DataLoader:
+    """Batches of those images of a run. Each process takes every num_processes-th: so no loader needs preparing."""
+    mine = numbers[accelerator.process_index :: accelerator.num_processes]
+    options = {"num_workers": args.workers, "collate_fn": put_together, "pin_memory": accelerator.device.type == "cuda"}
+    return torch.utils.data.DataLoader(data, args.batch_size, sampler=mine, **options)
+
+
+def losses_of(model: nn.Module, scheduler: DDPMScheduler, batch: dict[str, Tensor], sums: Tensor) -> Tensor:
+    """The losses of a batch (B,), added to sums (2, C): of the losses in each region, and of the images."""
+    batch = {name: values.to(sums.device, non_blocking=True) for name, values in batch.items()}
+    latents = batch.pop("latents")
+    noise = batch.pop("noise")
+    timestep = batch.pop("timestep")
+    losses = diffusion_loss(model, scheduler.add_noise(latents, noise, timestep), timestep, noise, batch)
     columns = column_of((timestep + 1) / TIMESTEPS, sums.shape[1])
     sums.index_add_(1, columns, torch.stack([losses.detach(), torch.ones_like(losses)]).to(sums.dtype))
+    return losses
 
 
-def means(accelerator: Accelerator, sums: Tensor, name: str) -> dict:
+def means_of(sums: Tensor, name: str, accelerator: Accelerator) -> dict:
     """The mean loss, and that of each region, of all processes."""
     losses, images = accelerator.reduce(sums, "sum").tolist()
     of_regions = [loss / n if n else None for loss, n in zip(losses, images)]
@@ -206,87 +209,25 @@ def means(accelerator: Accelerator, sums: Tensor, name: str) -> dict:
 
 
 @torch.no_grad()
-def validate(accelerator: Accelerator, model: nn.Module, scheduler: DDPMScheduler, held: Samples, args) -> dict:
-    """The held-out loss; for a routed model also that of the same weights with nothing skipped."""
-
-    def losses_of_regions(name: str) -> dict:
-        numbers = range(accelerator.process_index, held.total, accelerator.num_processes)
-        sums = torch.zeros(2, args.timestep_regions, device=accelerator.device)
-        for batch in load(held, numbers, args, accelerator):
-            losses, timestep = losses_of(model, scheduler, batch, accelerator)
-            count_losses(sums, losses, timestep)
-        return means(accelerator, sums, name)
-
-    line = losses_of_regions("validation_loss")
-    if hasattr(model, "routing"):
-        ratios = model.routing.ratios.data
-        model.routing.ratios.data = torch.zeros_like(ratios)
-        line |= losses_of_regions("validation_loss_with_nothing_skipped")
-        model.routing.ratios.data = ratios
-    return line
-
-
-def load(data: Samples, numbers: range, args, accelerator: Accelerator) -> torch.utils.data.DataLoader:
-    pin = accelerator.device.type == "cuda"
-    return torch.utils.data.DataLoader(
-        data, args.batch_size, sampler=numbers, num_workers=args.workers, collate_fn=put_together, pin_memory=pin
-    )
-
-
-def losses_of(model: nn.Module, scheduler: DDPMScheduler, batch: dict, accelerator: Accelerator) -> tuple:
-    """The losses of a batch (B,), and its timesteps (B,)."""
-    batch = {name: values.to(accelerator.device, non_blocking=True) for name, values in batch.items()}
-    latents = batch.pop("latents")
-    noise = batch.pop("noise")
-    timestep = batch.pop("timestep")
-    noisy = scheduler.add_noise(latents, noise, timestep)
-    return diffusion_loss(model, noisy, timestep, noise, batch), timestep
-
-
-def draw_held_out(pipe: DiffusionPipeline, held: Samples) -> np.ndarray:
-    """Images (4, S, S, 3) in [0, 1] of the first four held-out prompts, from noise that stays the same."""
-    options = {"num_inference_steps": 20, "output_type": "np"}
-    options["generator"] = [torch.Generator().manual_seed(i) for i in range(4)]
-    items = [held[i] for i in range(4)]
-    if "class_labels" in items[0]:
-        return pipe([int(item["class_labels"]) for item in items], **options).images
-    words = [item["words"] for item in items] + [held.null["prompt_embeds"].to(items[0]["words"])] * 4
-    batch = put_together([{"words": z} for z in words])
-    options["prompt_embeds"], options["negative_prompt_embeds"] = batch["encoder_hidden_states"].chunk(2)
-    masks = batch["encoder_attention_mask"].chunk(2)
-    options["prompt_attention_mask"], options["negative_prompt_attention_mask"] = masks
-    return pipe(negative_prompt=None, use_resolution_binning=False, **options).images
-
-
-def report(accelerator: Accelerator, line: dict, model: nn.Module, samples: np.ndarray | None) -> None:
-    """A line of metrics, the table as a picture, and samples (n, S, S, 3) in [0, 1], to all trackers."""
-    scalars = {name: value for name, value in line.items() if isinstance(value, float)}
-    scalars |= {f"loss in region {i}": value for i, value in enumerate(line["loss_by_region"]) if value is not None}
-    accelerator.log(scalars, step=line["step"])
-    pictures = {}
-    if hasattr(model, "routing"):
-        pictures["table"] = np.asarray(picture_of(model))[None]
-    if samples is not None:
-        pictures["samples"] = samples
-    for tracker in accelerator.trackers:
-        options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-        if hasattr(tracker, "log_images"):
-            tracker.log_images(pictures, step=line["step"], **options)
+def validate(model: nn.Module, scheduler: DDPMScheduler, held: Samples, name: str, args, accelerator) -> dict:
+    sums = torch.zeros(2, args.timestep_regions, device=accelerator.device)
+    for batch in loader_of(held, range(held.total), args, accelerator):
+        losses_of(model, scheduler, batch, sums)
+    return means_of(sums, name, accelerator)
 
 
 @contextlib.contextmanager
-def on_signals(handler: Callable[[int, object], None]) -> Iterator[None]:
-    """SIGTERM and SIGUSR1, with which schedulers announce the end of a job, call `handler`; afterwards as before."""
+def on_signals(function: Callable[[], None]) -> Iterator[None]:
+    """In here SIGTERM and SIGUSR1, with which schedulers announce the end of a job, call the function."""
     before = {}
-    if threading.current_thread() is threading.main_thread():  # others cannot
-        for name in ("SIGTERM", "SIGUSR1"):
-            if hasattr(signal, name):  # Windows has no SIGUSR1
-                before[name] = signal.signal(getattr(signal, name), handler)
+    for name in ("SIGTERM", "SIGUSR1"):  # Windows has not both, and only the main thread may
+        if hasattr(signal, name) and threading.current_thread() is threading.main_thread():
+            before[name] = signal.signal(getattr(signal, name), lambda number, frame: function())
     try:
         yield
     finally:
-        for name, handler_before in before.items():
-            signal.signal(getattr(signal, name), handler_before)
+        for name, handler in before.items():
+            signal.signal(getattr(signal, name), handler)
 
 
 # --- Training ----------------------------------------------------------------------------------------------------
@@ -310,11 +251,11 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
     )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise InputError("weights in shards (FSDP, DeepSpeed) are not written by this script; launch it without")
-    with on_signals(lambda number, frame: accelerator.set_trigger()):
+    with on_signals(accelerator.set_trigger):
         return train(args, accelerator, saved)
 
 
-def train(args: argparse.Namespace, accelerator: Accelerator, saved: list[Path]) -> int | None:
+def train(args, accelerator: Accelerator, saved: list[Path]) -> int | None:
     set_seed(args.seed)
     model, scheduler = load_model(args)
     total = args.batch_size * accelerator.num_processes * args.accumulate  # images of a step
@@ -322,7 +263,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator, saved: list[Path])
     settle(args, accelerator)
 
     table = model.routing.ratios if args.target_ratio > 0 else None
-    groups = [{"params": [p for p in model.parameters() if p.requires_grad and p is not table], "lr": args.lr}]
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter is not table]
+    groups = [{"params": weights, "lr": args.lr}]
     if table is not None:
         # A learning rate of their own, and no weight decay: the ratios should not drift to zero.
         groups.append({"params": [table], "lr": args.ratio_lr, "weight_decay": 0.0})
@@ -332,12 +274,8 @@ def train(args: argparse.Namespace, accelerator: Accelerator, saved: list[Path])
         return min(1.0, (step + 1) / min(100, 0.1 * args.steps + 1), (args.steps - step) / (0.4 * args.steps))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    # From here on the model may be in a wrapper that averages gradients. The table and the routers are among its
-    # parameters, so theirs are averaged too.
-    model, optimizer = accelerator.prepare(model, optimizer)
-    bare = accelerator.unwrap_model(model)
-    table = bare.routing.ratios if args.target_ratio > 0 else None
-    weights = [p for p in bare.parameters() if p.requires_grad and p is not table]
+    # `wrapped` may average gradients over processes: of all parameters, so of the table and the routers, too.
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
     averaged = EMAModel(weights, decay=args.ema_decay)
     accelerator.register_for_checkpointing(schedule, averaged)
     step = 0
@@ -347,22 +285,18 @@ def train(args: argparse.Namespace, accelerator: Accelerator, saved: list[Path])
         step = int(saved[-1].name.removeprefix("checkpoint-"))
         averaged.to(accelerator.device)
         if accelerator.is_main_process:  # they may be missing
-            write_results(bare, averaged, weights, args)
+            write_results(model, averaged, weights, args)
     pipe = None
     if args.report_to:
         accelerator.init_trackers("finetune")
-        with input_errors(f"--report-to draws samples, and cannot use --pretrained {args.pretrained} for it"):
-            pipe = DiffusionPipeline.from_pretrained(args.pretrained, revision=args.revision, transformer=bare)
-        pipe.set_progress_bar_config(disable=True)
+        if accelerator.is_main_process:
+            pipe = pipeline_around(model, args.pretrained, args.revision)
 
-    # Each process takes every num_processes-th image: the loader is not prepared, as this is all that would do.
-    numbers = range(step * total + accelerator.process_index, args.steps * total, accelerator.num_processes)
     sums = torch.zeros(2, args.timestep_regions, device=accelerator.device)
     bar = tqdm(initial=step, total=args.steps, disable=not accelerator.is_main_process)
-    for batch in load(data, numbers, args, accelerator):
-        with accelerator.accumulate(model):
-            losses, timestep = losses_of(model, scheduler, batch, accelerator)
-            loss = losses.mean()
+    for batch in loader_of(data, range(step * total, args.steps * total), args, accelerator):
+        with accelerator.accumulate(wrapped):
+            loss = losses_of(wrapped, scheduler, batch, sums).mean()
             if table is not None:
                 # Alike in every process and pass, whose gradients are averaged: so it acts once.
                 loss = loss + args.ratio_weight * ratio_loss(table, args.target_ratio)
@@ -371,13 +305,12 @@ def train(args: argparse.Namespace, accelerator: Accelerator, saved: list[Path])
                 accelerator.clip_grad_norm_(weights, 1.0)
             optimizer.step()
             optimizer.zero_grad()
-        count_losses(sums, losses, timestep)
         if not accelerator.sync_gradients:
             continue
 
         schedule.step()
         if table is not None:
-            bare.routing.clamp_ratios()
+            model.routing.clamp_ratios()
         averaged.step(weights)
         step += 1
         bar.update()
@@ -385,7 +318,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, saved: list[Path])
         saving = stopping or step % args.save_every == 0 or step == args.steps
         validating = held is not None and (step % args.validate_every == 0 or step == args.steps)
         if saving or validating or step % args.log_every == 0:
-            line = {"step": step} | means(accelerator, sums, "loss")
+            line = {"step": step} | means_of(sums, "loss", accelerator)
             sums.zero_()
             if not np.isfinite(line["loss"]):
                 raise InputError(f"the loss is not finite before step {step}; try a lower --lr; what was saved is good")
@@ -394,16 +327,20 @@ def train(args: argparse.Namespace, accelerator: Accelerator, saved: list[Path])
                 line["ratios"] = np.round(table.tolist(), 4).tolist()
             if validating:
                 with averaging(averaged, weights):
-                    line |= validate(accelerator, bare, scheduler, held, args)
+                    line |= validate(model, scheduler, held, "validation_loss", args, accelerator)
+                    if table is not None:  # and what skipping costs
+                        with model.routing.nothing_skipped():
+                            name = "validation_loss_with_nothing_skipped"
+                            line |= validate(model, scheduler, held, name, args, accelerator)
             bar.set_postfix({name: line[name] for name in ("loss", "mean_ratio") if name in line})
             if accelerator.is_main_process:
                 write_metrics(args.out / "metrics.jsonl", line)
-                if args.report_to:
-                    report(accelerator, line, bare, draw_held_out(pipe, held) if validating else None)
+                if pipe is not None:
+                    report(line, pipe, held if validating else None, accelerator)
         if saving:
             save_checkpoint(accelerator, args.out / f"checkpoint-{step}")
             if accelerator.is_main_process:
-                write_results(bare, averaged, weights, args)
+                write_results(model, averaged, weights, args)
             accelerator.wait_for_everyone()
         if stopping:
             break

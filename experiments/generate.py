@@ -73,9 +73,7 @@ def load_pipeline(args) -> DiffusionPipeline:
 
 
 def plain_pipeline(args) -> DiffusionPipeline:
-    pipe = DiffusionPipeline.from_pretrained(
-        args.pretrained, revision=args.revision, dtype=DTYPES[args.dtype]
-    )
+    pipe = DiffusionPipeline.from_pretrained(args.pretrained, revision=args.revision, dtype=DTYPES[args.dtype])
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -143,7 +141,9 @@ def compare(pipe: DiffusionPipeline, dense: DiffusionPipeline, prompts: list[str
     flops = {name: count_flops(call) / len(prompts) for name, call in calls.items()}
     seconds = interleaved(calls, args.rounds, torch.device(args.device))
     for name in calls:
-        print(f"{name:8} {flops[name] / 1e9:10.2f} GFLOPs, {statistics.median(seconds[name]) / len(prompts):7.3f} s an image")
+        print(
+            f"{name:8} {flops[name] / 1e9:10.2f} GFLOPs, {statistics.median(seconds[name]) / len(prompts):7.3f} s an image"
+        )
     flops_saved = 1 - flops["routed"] / flops["unrouted"]
     time_saved = 1 - statistics.median(b / a for a, b in zip(seconds["unrouted"], seconds["routed"]))
     print(f"saved: {flops_saved:.1%} of the FLOPs, {time_saved:.1%} of the time", end="")
@@ -183,7 +183,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.routing_map:
         map_path = args.out.with_name(args.out.stem + "-routing.png")
         write_png(draw_routing_map(pipe, prompts[0], args), map_path)
-    print(f"{len(prompts)} pictures, {args.steps} steps, guidance {args.guidance:g}, seed {args.seed}: wrote {args.out}")
+    print(
+        f"{len(prompts)} pictures, {args.steps} steps, guidance {args.guidance:g}, seed {args.seed}: wrote {args.out}"
+    )
 
 
 def write_png(picture: Image.Image, path: Path) -> None:

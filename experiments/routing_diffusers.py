@@ -13,9 +13,10 @@ The library's models keep their code, and their parameters and checkpoints under
 more submodule, model.routing, whose state_dict is a file of its own. Letters as in diffratio_mod.py.
 """
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -103,6 +104,14 @@ class Routing(nn.Module):
     def clamp_ratios(self) -> None:
         """Bring the ratios back into [0, 1 - 1/N]. Call it after every step of the optimizer."""
         self.ratios.clamp_(0, 1 - 1 / self.tokens)
+
+    @contextlib.contextmanager
+    def nothing_skipped(self) -> Iterator[None]:
+        """In here all tokens are processed, by the same weights; the gates remain."""
+        ratios = self.ratios.data
+        self.ratios.data = torch.zeros_like(ratios)
+        yield
+        self.ratios.data = ratios
 
     def plan(self, model: nn.Module, args: tuple, named: dict) -> tuple[tuple, dict]:
         """Before each forward pass: from the timesteps to each layer's ratios or k, for RoutedLayer.forward."""

@@ -102,9 +102,14 @@ def put_together(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     words = [item.pop("words") for item in items if "words" in item]
     batch = torch.utils.data.default_collate(items)
     if words:
-        batch["encoder_hidden_states"] = pad_sequence(words, batch_first=True)  # (B, W, d)
-        batch["encoder_attention_mask"] = pad_sequence([torch.ones_like(z[:, 0]) for z in words], batch_first=True)
+        batch["encoder_hidden_states"], batch["encoder_attention_mask"] = pad(words)
     return batch
+
+
+def pad(words: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Captions, each (its W, d), as one tensor (B, longest W, d), and the mask (B, longest W): 1 = a word."""
+    mask = pad_sequence([torch.ones_like(caption[:, 0]) for caption in words], batch_first=True)
+    return pad_sequence(words, batch_first=True), mask
 
 
 def read_samples(
