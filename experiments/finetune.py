@@ -39,8 +39,8 @@ from tracking import picture_of, pipeline_around, report
 from diffratio_mod import InputError, column_of, ratio_loss
 from sample import Parser, input_errors, number, replace_file, run_command
 
-# What --resume may change: where things lie, and how often something is written.
-MAY_CHANGE = "resume out pretrained data routing workers log_every save_every validate_every report_to".split()
+PLACES = ("resume", "out", "pretrained", "data", "routing", "workers")  # these flags --resume may change,
+INTERVALS = ("log_every", "save_every", "validate_every", "report_to")  # and these
 
 
 def make_parser() -> Parser:
@@ -165,7 +165,7 @@ def write_metrics(path: Path, line: dict) -> None:
 def settle(args, accelerator: Accelerator) -> None:
     """The flags of a run are kept with it; --resume refuses others, as the run would be neither the old nor a new one."""
     path = args.out / "settings.json"
-    settings = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE}
+    settings = {name: value for name, value in vars(args).items() if name not in PLACES + INTERVALS}
     settings.update(mixed_precision=accelerator.mixed_precision, processes=accelerator.num_processes)
     if args.resume:
         with input_errors(f"cannot read {path}"):

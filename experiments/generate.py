@@ -9,6 +9,7 @@ folder or a name on the hub. A DiT takes for a prompt the number of a class, or 
 """
 
 import functools
+import math
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -18,7 +19,6 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline, DiTPipeline
 from PIL import Image
-from torch import nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -95,39 +95,33 @@ def label_of(pipe: DiTPipeline, prompt: str) -> int:
         return int(label)
 
 
-def record_routing(transformer: nn.Module, records: list[np.ndarray]) -> list:
-    """Append to records, layer by layer, which tokens of the batch's last image ran: (side, side). Returns hooks.
-
-    With guidance the batch's second half is the conditional one for a PixArt, the unconditional one for a DiT.
-    """
+def draw_routing_map(pipe: DiffusionPipeline, prompt: str, args) -> Image.Image:
+    """The first picture, and for up to six steps the tokens that each layer processed, bright."""
+    conditional = 0 if isinstance(pipe, DiTPipeline) else -1  # with guidance a batch has an unconditional half, too
+    records = []  # layer by layer, step by step: which tokens ran, (side, side)
 
     def record(layer: RoutedLayer, inputs: tuple, named: dict, _: torch.Tensor) -> None:
-        order = layer.score_and_sort(inputs[0])[1][-1]  # (N,)
-        ran = torch.zeros_like(order).index_fill(0, order[: named["k"]], 1)
-        records.append(ran.unflatten(0, (round(len(ran) ** 0.5), -1)).cpu().numpy())
+        order = layer.score_and_sort(inputs[0])[1][conditional].cpu()  # (N,)
+        ran = torch.zeros(len(order), dtype=torch.bool).index_fill(0, order[: named["k"]], True)
+        records.append(ran.unflatten(0, (math.isqrt(len(ran)), -1)).numpy())
 
-    return [layer.register_forward_hook(record, with_kwargs=True) for layer in transformer.routing.layers]
-
-
-def draw_routing_map(pipe: DiffusionPipeline, prompt: str, args) -> Image.Image:
-    """One picture, and for up to six steps the tokens that each layer processed, bright."""
-    records: list[np.ndarray] = []
-    hooks = record_routing(pipe.transformer, records)
+    layers = pipe.transformer.routing.layers
+    hooks = [layer.register_forward_hook(record, with_kwargs=True) for layer in layers]
     picture = draw(pipe, [prompt], 0, args)[0]
     for hook in hooks:
         hook.remove()
-    layers = len(pipe.transformer.routing.layers)
-    steps = len(records) // layers
+    steps = len(records) // len(layers)
     shown = sorted({round(i * (steps - 1) / 5) for i in range(6)})
     rows = []
-    for layer in range(layers):
+    for i in range(len(layers)):
         row = []
         for step in shown:
-            ran = records[step * layers + layer]
-            bright = np.kron(ran, np.ones((len(picture) // len(ran),) * 2, dtype=ran.dtype))[..., None]
-            row.append((np.where(bright, picture, picture // 5).astype(np.uint8), f"{1 - ran.mean():.2f}"))
+            ran = records[step * len(layers) + i]
+            patch = len(picture) // len(ran)
+            bright = ran.repeat(patch, axis=0).repeat(patch, axis=1)[..., None]  # (S, S, 1)
+            row.append((np.where(bright, picture, picture // 5), f"{1 - ran.mean():.2f}"))
         rows.append(row)
-    names = [f"layer {layer + 1}" for layer in range(layers)]
+    names = [f"layer {i + 1}" for i in range(len(layers))]
     title = f"{prompt}: tokens that each layer processed (bright), and the share that bypassed"
     return draw_grid(rows, title, names, [f"step {step + 1}" for step in shown])
 
@@ -135,7 +129,7 @@ def draw_routing_map(pipe: DiffusionPipeline, prompt: str, args) -> Image.Image:
 def compare(pipe: DiffusionPipeline, dense: DiffusionPipeline, prompts: list[str], args) -> None:
     """Print FLOPs and seconds of one batch by both pipelines, text encoder and VAE included, one beside the other."""
     calls: dict[str, Callable] = {
-        "unrouted": functools.partial(draw, dense, prompts, 0, args),
+        "dense": functools.partial(draw, dense, prompts, 0, args),
         "routed": functools.partial(draw, pipe, prompts, 0, args),
     }
     flops = {name: count_flops(call) / len(prompts) for name, call in calls.items()}
@@ -144,8 +138,8 @@ def compare(pipe: DiffusionPipeline, dense: DiffusionPipeline, prompts: list[str
         print(
             f"{name:8} {flops[name] / 1e9:10.2f} GFLOPs, {statistics.median(seconds[name]) / len(prompts):7.3f} s an image"
         )
-    flops_saved = 1 - flops["routed"] / flops["unrouted"]
-    time_saved = 1 - statistics.median(b / a for a, b in zip(seconds["unrouted"], seconds["routed"]))
+    flops_saved = 1 - flops["routed"] / flops["dense"]
+    time_saved = 1 - statistics.median(b / a for a, b in zip(seconds["dense"], seconds["routed"]))
     print(f"saved: {flops_saved:.1%} of the FLOPs, {time_saved:.1%} of the time", end="")
     print(f", {time_saved / flops_saved:.2f} of it" if flops_saved > 0 else "")
 
@@ -165,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     pipe = load_pipeline(args)
     pipes = {"routed": pipe}
     if args.compare:
-        pipes["unrouted"] = plain_pipeline(args).to(args.device)
+        pipes["dense"] = plain_pipeline(args).to(args.device)
     pictures: dict[str, list] = {name: [] for name in pipes}
     for first in tqdm(range(0, len(prompts), args.batch_size), unit="batch", disable=None):
         batch = prompts[first : first + args.batch_size]
@@ -175,9 +169,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for i in range(first, first + len(batch)):
                 write_png(Image.fromarray(pictures["routed"][i]), args.png_dir / f"{i:06d}.png")
     if args.compare:
-        rows = [list(zip(pictures[name][:8], prompts)) for name in ("unrouted", "routed")]
-        write_png(draw_grid(rows, row_names=["unrouted", "routed"], side=112, captions=True), args.out)
-        compare(pipe, pipes["unrouted"], prompts[: args.batch_size], args)
+        rows = [list(zip(pictures[name][:8], prompts)) for name in ("dense", "routed")]
+        write_png(draw_grid(rows, row_names=["dense", "routed"], side=112, captions=True), args.out)
+        compare(pipe, pipes["dense"], prompts[: args.batch_size], args)
     else:
         write_png(draw_samples(np.stack(pictures["routed"][:64]), prompts[:64]), args.out)
     if args.routing_map:
