@@ -3,9 +3,10 @@
     pip install diffusers accelerate transformers tokenizers
     python experiments/small_pipeline.py --out runs/small         # a few minutes on one CPU core
 
-writes runs/small/pictures, 4,096 captioned `shapes` as PNG files with their metadata.jsonl, and runs/small/pipeline, a
-PixArtSigmaPipeline in the library's own form: an AutoencoderKL, trained here for a minute or two; a tokenizer, trained
-on the captions; a T5 encoder with random weights; and a PixArt with random weights, which finetune.py then trains.
+writes runs/small/pictures, 4,096 captioned `shapes` as PNG files with their metadata.jsonl; prompts.txt, eight prompts;
+and runs/small/pipeline, a PixArtSigmaPipeline in the library's own form: an AutoencoderKL, trained here for a minute or
+two; a tokenizer, trained on the captions; a T5 encoder with random weights; and a PixArt with random weights, which
+finetune.py then trains.
 """
 
 import json
@@ -121,6 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.manual_seed(0)
     pictures, captions, _ = Shapes(SIDE).batch(args.count, torch.Generator().manual_seed(0))
     write_pictures(pictures, captions, args.out / "pictures")
+    (args.out / "prompts.txt").write_text("\n".join(Shapes.prompts[::2]) + "\n", encoding="utf-8")
     pipeline = make_pipeline(captions)
     error = train_vae(pipeline.vae, pictures, args.vae_steps)
     pipeline.save_pretrained(args.out / "pipeline")

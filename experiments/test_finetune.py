@@ -75,7 +75,9 @@ def run(folder: Path, out: str, arguments: list[str], dtype: torch.dtype = torch
 def run_in_two_processes(folder: Path) -> None:
     """What each of the two processes does."""
     for name, arguments in RUNS.items():
-        code = run(folder, name, [*STEPS, "--pretrained", str(folder), *arguments], stop=6 if name == "stopped" else None)
+        code = run(
+            folder, name, [*STEPS, "--pretrained", str(folder), *arguments], stop=6 if name == "stopped" else None
+        )
         assert code == (143 if name == "stopped" else None)
     run(folder, "stopped", [*STEPS, "--pretrained", str(folder), *RUNS["stopped"], "--resume"])
     torch.distributed.destroy_process_group()

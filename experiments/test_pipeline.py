@@ -23,6 +23,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 import encode
 import finetune
 import generate
+import plan
 import small_pipeline
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, DiTPipeline, DiTTransformer2DModel
@@ -81,7 +82,9 @@ def dit(tmp_path_factory) -> Path:
     randomise(pipe.transformer)
     pipe.save_pretrained(folder / "pipeline")
     index = json.loads((folder / "pipeline" / "model_index.json").read_text())
-    (folder / "pipeline" / "model_index.json").write_text(json.dumps(index | {"id2label": {"3": "cat", "5": "dog, hound"}}))
+    (folder / "pipeline" / "model_index.json").write_text(
+        json.dumps(index | {"id2label": {"3": "cat", "5": "dog, hound"}})
+    )
     for i, name in enumerate(["dog/a.png", "cat/a.png", "dog/b.png"]):
         (folder / "pictures" / name).parent.mkdir(parents=True, exist_ok=True)
         picture(i).save(folder / "pictures" / name)
@@ -186,7 +189,12 @@ def test_what_cannot_be_read_is_listed_by_name_and_left_out(pixart, tmp_path, ca
     write_metadata(pictures, [*rows, ("missing.png", "a cross"), ("../outside.png", "a cross")])
     assert run_encode(tmp_path / "given", tmp_path / "out") == 1
     out = capfd.readouterr().out
-    for problem in ("damaged.png: cannot read", "mute.png: no caption", "plain.png: named twice", "missing.png: cannot"):
+    for problem in (
+        "damaged.png: cannot read",
+        "mute.png: no caption",
+        "plain.png: named twice",
+        "missing.png: cannot",
+    ):
         assert f"left out: {problem}" in out
     assert "left out: ../outside.png: not in" in out
     assert "left out: unnamed.png: not in metadata.jsonl" in out
@@ -232,7 +240,7 @@ def test_three_commands_lead_from_pictures_to_a_routed_pipeline(kind, request, t
 
     prompts = CAPTIONS[:2] if kind == "pixart" else ["dog", "7"]
     (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n\n")
-    routed = [*name, "--routed", str(tmp_path / "routed"), "--steps", "3", "--rounds", "1"]
+    routed = [*name, "--routed", str(tmp_path / "routed"), "--steps", "3", "--rounds", "1", "--batch-size", "1"]
     written = ["--out", str(tmp_path / "sheet.png"), "--png-dir", str(tmp_path / "png"), "--routing-map"]
     capfd.readouterr()
     generate.main([*routed, *written, "--prompts", str(tmp_path / "prompts.txt"), "--compare"])
@@ -282,6 +290,15 @@ def test_generate_says_in_one_line_what_does_not_go(pixart, tmp_path):
     for message, arguments in cases.items():
         with pytest.raises(InputError, match=message):
             generate.main([*name, *arguments])
+
+
+def test_the_plan_of_a_large_model(capfd):
+    plan.main(["--model", "dit-xl-2", "--layers", "1"])
+    plan.main(["--model", "dit-xl-2", "--layers", "1", "--time", "--rounds", "1"])
+    on_paper, kept, timed = capfd.readouterr().out.splitlines()
+    assert on_paper.startswith("29.4 million parameters")
+    assert 0 < float(kept.split("an image ")[1].split()[0]) < 1
+    assert "saves 0.0% of the FLOPs" in timed  # of one layer the ratio is 0
 
 
 def test_the_small_pipeline_fits_its_pictures(tmp_path):

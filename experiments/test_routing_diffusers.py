@@ -131,6 +131,17 @@ def test_sampling_computes_only_k_tokens(kind):
 
 
 @both
+def test_another_size_has_the_same_shares_of_its_own_tokens(kind):
+    model = tiny(kind)
+    seen = []
+    model.transformer_blocks[1].ff.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[1]))
+    route(model, ratios=torch.full((3, 1), 0.25))
+    x, condition = inputs(kind, side=16)
+    assert call(model, x, 5, condition).shape[2:] == (16, 16)
+    assert seen == [48]  # of 64
+
+
+@both
 def test_each_image_of_a_training_batch_has_its_own_ratios(kind):
     model = tiny(kind)
     x, condition = inputs(kind)
