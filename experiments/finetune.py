@@ -50,11 +50,9 @@ def make_parser() -> Parser:
     add = parser.add_argument_group("what is trained, on what").add_argument
     add("--pretrained", required=True, metavar="NAME", help="a pipeline: a folder, or a name on the hub")
     add("--revision", help="of the name on the hub")
-    add("--data", type=Path, required=True, metavar="FOLDER", help="of samples, as described above")
+    add("--data", type=Path, required=True, metavar="FOLDER", help="of samples, as encode.py writes them")
     add("--train", choices=("all", "routing"), default="all", help="all, or table and routers alone (default all)")
-    add(
-        "--routing", type=Path, metavar="FILE", help='to start from: routing.pt, or a table as {"ratios": ...} in .json'
-    )
+    add("--routing", type=Path, metavar="FILE", help="to start from: a routing.pt, or a table as ratios.json has it")
     add("--out", type=Path, default=Path("runs/finetuned"), help="folder of the results (default runs/finetuned)")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out; give the same command again")
     add = parser.add_argument_group("the method").add_argument

@@ -302,6 +302,16 @@ def test_every_router_chooses_in_float32(kind, how, deviation, choices):
         assert layer.router.weight.dtype == routing.ratios.dtype == torch.float32
 
 
+@both
+def test_a_model_in_half_precision_gets_routers_in_float32(kind):
+    model = tiny(kind).to(torch.bfloat16)
+    routing = randomise(route(model))
+    assert {parameter.dtype for parameter in routing.parameters()} == {torch.float32}
+    x, condition = inputs(kind)
+    condition = {name: z.bfloat16() if z.is_floating_point() else z for name, z in condition.items()}
+    assert call(model, x.bfloat16(), 500, condition).dtype == torch.bfloat16
+
+
 # --- What it works with ----------------------------------------------------------------------------------------------
 
 
