@@ -161,7 +161,7 @@ def write_metrics(path: Path, line: dict) -> None:
 
 
 def settle(args, accelerator: Accelerator) -> None:
-    """The flags of a run are kept with it; --resume refuses others, as the run would be neither the old nor a new one."""
+    """The flags of a run are kept with it; --resume refuses others: the run would be neither the old nor a new one."""
     path = args.out / "settings.json"
     settings = {name: value for name, value in vars(args).items() if name not in PLACES + INTERVALS}
     settings.update(mixed_precision=accelerator.mixed_precision, processes=accelerator.num_processes)

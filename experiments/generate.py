@@ -2,7 +2,7 @@
 
     pip install diffusers accelerate transformers
     python experiments/generate.py --pretrained NAME --routed runs/routed --prompt "a red circle above a blue square"
-    python experiments/generate.py --pretrained NAME --routed runs/routed --prompts FILE --compare      # one a line
+    python experiments/generate.py --pretrained NAME --routed runs/routed --prompts FILE --compare    # one a line
 
 --routed is what finetune.py leaves: routing.pt, and transformer/ if the weights were trained, too. All else is NAME's, a
 folder or a name on the hub. A DiT takes for a prompt the number of a class, or a name of it that the pipeline knows.
@@ -135,9 +135,8 @@ def compare(pipe: DiffusionPipeline, dense: DiffusionPipeline, prompts: list[str
     flops = {name: count_flops(call) / len(prompts) for name, call in calls.items()}
     seconds = interleaved(calls, args.rounds, torch.device(args.device))
     for name in calls:
-        print(
-            f"{name:8} {flops[name] / 1e9:10.2f} GFLOPs, {statistics.median(seconds[name]) / len(prompts):7.3f} s an image"
-        )
+        of_an_image = statistics.median(seconds[name]) / len(prompts)
+        print(f"{name:8} {flops[name] / 1e9:10.2f} GFLOPs, {of_an_image:7.3f} s an image")
     flops_saved = 1 - flops["routed"] / flops["dense"]
     time_saved = 1 - statistics.median(b / a for a, b in zip(seconds["dense"], seconds["routed"]))
     print(f"saved: {flops_saved:.1%} of the FLOPs, {time_saved:.1%} of the time", end="")

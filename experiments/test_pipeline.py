@@ -1,4 +1,4 @@
-"""The three commands, encode.py, finetune.py and generate.py, end to end on tiny pipelines made here from configurations.
+"""encode.py, finetune.py and generate.py, end to end on tiny pipelines that are made here from configurations.
 
 Skipped where diffusers, accelerate, transformers or tokenizers is not installed.
 """
