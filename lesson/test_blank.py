@@ -338,7 +338,9 @@ def test_ctrl_c_ends_the_grading_and_its_process_and_writes_nothing(tmp_path):
     (tmp_path / "a.py").write_text(SOURCE.replace(f"return {PULL}", answer), encoding="utf-8")
     line = [sys.executable, HERE / "blank.py", "--check", "a.py", "2", "--json", "r.json"]
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what is ignored here is ignored there, too
     process = subprocess.Popen(line, cwd=tmp_path, **streams)
+    signal.signal(signal.SIGINT, before)
     deadline = time.time() + 60
     while not (mark.exists() and mark.read_text()) and time.time() < deadline:
         time.sleep(0.1)
