@@ -462,7 +462,10 @@ def test_method_tokens_processed_are_the_nearest_whole_number_from_one_to_all():
 @pytest.mark.parametrize("columns", [1, 4, 10])
 def test_method_columns_cut_the_noise_levels_evenly_in_training_and_sampling(columns):
     def check_columns(t, expected):
+        before = t.clone()
         result = method.column_of(t, columns)
+        unchanged = "column_of changes its argument t in place, and other code needs it: expected t as it was"
+        assert torch.equal(t, before), f"{unchanged}, {before[0]:.4g} at first, got {t[0]:.4g}"
         check_shape(f"column_of of {len(t)} noise levels", result, t.shape)
         assert result.dtype == torch.long, f"column_of: expected whole numbers, torch.long, got {result.dtype}"
         for level, came, right in zip(t.tolist(), result.tolist(), expected, strict=True):

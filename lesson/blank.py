@@ -28,6 +28,7 @@ import io
 import json
 import multiprocessing
 import os
+import queue
 import re
 import shutil
 import signal
@@ -48,7 +49,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 from parts import HANDED_OUT, NUMBERS, ORIGINAL, PARTS, WRONG, blank, blanks_left, changed_outside, with_answer
-from run import load, read_source
+from run import load, read_source, why_it_stops
 
 from diffratio_mod import InputError
 from sample import Parser, number, replace_file, run_command
@@ -89,24 +90,31 @@ class Grade:
 
 
 def with_answers(source: str, path: Path, part: int) -> types.ModuleType:
-    """The original as a module, but for the student's functions of this part, and with all that the student added."""
-    module = load(source, path, SOLUTION)
+    """The original as a module, but for the student's functions of this part, and with all that the student added.
+
+    The two have their names apart: what the student calls `sum` is not what the original calls so. Raises InputError.
+    """
+    theirs = load(source, path, SOLUTION, whole=False)
     answers = {}
     for gap in PARTS[part - 1].gaps:
         owner, _, function = gap.function.rpartition(".")
-        answers[gap.function] = inspect.getattr_static(getattr(module, owner) if owner else module, function)
-    classes = {name: value for name, value in vars(module).items() if isinstance(value, type)}
+        try:
+            answers[gap.function] = inspect.getattr_static(getattr(theirs, owner) if owner else theirs, function)
+        except AttributeError:
+            raise InputError(f"it has no {gap.function}") from None
 
-    original = ORIGINAL.read_text(encoding="utf-8")
-    exec(compile(original, str(ORIGINAL), "exec"), module.__dict__)  # over what the student has
-
-    for name, theirs in classes.items():  # methods of the student's own
-        for member, value in vars(theirs).items():
-            if member not in vars(getattr(module, name)):
-                setattr(getattr(module, name), member, value)
+    module = load(ORIGINAL.read_text(encoding="utf-8"), ORIGINAL, SOLUTION)
+    for name, ours in list(vars(module).items()):
+        if isinstance(ours, type) and ours.__module__ == SOLUTION:  # methods of the student's own
+            other = getattr(theirs, name, None)
+            for member, value in vars(other).items() if isinstance(other, type) else ():
+                if member not in vars(ours):
+                    setattr(ours, member, value)
     for name, answer in answers.items():
         owner, _, function = name.rpartition(".")
         setattr(getattr(module, owner) if owner else module, function, answer)
+    shared = {name: value for name, value in vars(module).items() if not name.startswith("__")}
+    vars(theirs).update(shared)  # an answer calls the original answers to the other parts
     return module
 
 
@@ -119,7 +127,7 @@ class Watch:
 
     def __init__(self, module: types.ModuleType, source: str, path: Path, part: int | None, report: Callable) -> None:
         self.module = module
-        self.lines = source.splitlines()
+        self.lines = source.split("\n")  # as Python counts them: splitlines also ends one at a form feed
         self.path = path
         self.part = part  # None: all tests of the method that belong to no part
         self.report = report
@@ -152,19 +160,23 @@ class Watch:
 
     def explain(self, error: pytest.ExceptionInfo) -> str:
         """What went wrong, in one line, with the line of the student's file if it went wrong there."""
-        lines = [line.strip() for line in str(error.value).splitlines() if line.strip()] or [""]
-        if error.errisinstance(AssertionError):
+        lines = [" ".join(line.split()) for line in str(error.value).splitlines() if line.strip()] or [""]
+        own = str(self.path.resolve())
+        calls = [entry for entry in error.traceback if str(entry.path) in (own, str(TESTS))]
+        in_test = error.errisinstance(AssertionError) and (not calls or str(calls[-1].path) != own)
+        if in_test:
             text = lines[0]  # the test's own words
         elif error.errisinstance(pytest.skip.Exception):
             text = f"the answer skipped the test: {lines[0]}"
         else:
-            text = f"{error.type.__name__}: {lines[0]}"
+            text = f"{error.type.__name__}: {lines[0]}".removesuffix(": ")
+        text = text[:400]
         if "NoneType" in text:
             text += ". Something is None: is a `return` missing?"
-        own = [entry.lineno for entry in error.traceback if str(entry.path) == str(self.path.resolve())]
-        if own and not error.errisinstance(AssertionError):
-            text += f" (line {own[-1] + 1}: {self.lines[own[-1]].strip()})"
-        return re.sub(r"\b0x[0-9a-f]+", "0x...", text)[:500]
+        places = [entry.lineno for entry in calls if str(entry.path) == own]
+        if places and not in_test:
+            text += f" (line {places[-1] + 1}: {self.lines[places[-1]].strip()[:80]})"
+        return text
 
 
 def parts_of(item: pytest.Function) -> tuple[int | None, ...]:
@@ -189,7 +201,7 @@ def public_names() -> dict[str, object]:
     for owner in (builtins, pytest, torch, torch.Tensor, torch.nn.functional):
         for name in dir(owner):
             value = inspect.getattr_static(owner, name)
-            if callable(value) and not name.startswith("_"):
+            if callable(value) and not name.startswith("_") and name != "Storage":  # PyTorch itself swaps this one
                 found[f"{owner.__name__}.{name}"] = value
     return found
 
@@ -197,6 +209,9 @@ def public_names() -> dict[str, object]:
 def grade_in_process(sender: Connection, source: str, path: Path, part: int | None) -> None:
     """Import a student's file, and run the tests of a part if one is given. What comes out goes to `sender`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if hasattr(os, "setsid"):
+        os.setsid()  # a group of its own: what an answer starts is ended with it
     threading.Thread(target=end_with_parent, daemon=True).start()
     limit_memory()
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -205,14 +220,21 @@ def grade_in_process(sender: Connection, source: str, path: Path, part: int | No
     os.chdir(path.parent)
 
     def report(event: str, test: str, text: str) -> None:
-        sender.send_bytes(json.dumps([event, test, text.replace(f"{path.parent}{os.sep}", "")]).encode())
+        for folder in {str(path.parent), str(path.parent.resolve())}:  # the same files give the same bytes
+            text = text.replace(f"{folder}{os.sep}", "").replace(folder, ".")
+        text = re.sub(r"\b0x[0-9a-fA-F]+", "0x...", text)
+        sender.send_bytes(json.dumps([event, test, text]).encode())
 
     before = public_names()
     try:
-        module = load(source, path, SOLUTION) if part is None else with_answers(source, path, part)
+        if part is None:
+            load(source, path, SOLUTION, whole=False)
+        else:
+            module = with_answers(source, path, part)
     except BaseException as error:  # an answer may raise whatever it likes
-        report("error", "", str(error) if isinstance(error, InputError) else f"{path} stops while imported: {error!r}")
+        report("error", "", str(error) if isinstance(error, InputError) else why_it_stops(path, error))
         return
+    torch.set_default_dtype(torch.float32)  # as the tests are written
     if part is not None:
         run_pytest(Watch(module, source, path, part, report))
     replaced = [name for name, value in public_names().items() if before.get(name, value) is not value]
@@ -231,6 +253,8 @@ def limit_memory() -> None:
 
 def end_with_parent() -> None:
     multiprocessing.parent_process().join()
+    if hasattr(os, "killpg"):
+        os.killpg(0, signal.SIGKILL)
     os._exit(1)
 
 
@@ -267,25 +291,41 @@ def events_of(source: str, path: Path, part: int | None, limit: float) -> tuple[
     copy = folder / path.name
     copy.write_text(source, encoding="utf-8")
     process = context.Process(target=grade_in_process, args=(sender, source, copy, part), daemon=True)
+    messages: queue.SimpleQueue = queue.SimpleQueue()
+    reader = threading.Thread(target=receive, args=(receiver, messages), daemon=True)
     try:
         process.start()
         sender.close()
+        reader.start()
         while not events or events[-1][0] not in ("end", "error"):
-            if not receiver.poll(max(0.0, deadline - time.monotonic())):
-                return events, f"no end after {limit:g} s"
-            events.append(tuple(json.loads(receiver.recv_bytes(10**6))))
+            message = messages.get(timeout=max(0.0, deadline - time.monotonic()))
+            if message is None:  # the process is gone
+                process.join(1)
+                return events, reason_of(process.exitcode)
+            event, test, text = map(str, json.loads(message))
+            events.append((event, test, text))
         return events, None
-    except ValueError:
+    except queue.Empty:
+        return events, f"no end after {limit:g} s: a loop without end, or a busy machine (then a larger --limit)"
+    except (ValueError, TypeError):
         return events, "the answer breaks the grading: what came back cannot be read"
-    except (EOFError, OSError):  # the process is gone
-        process.join(1)
-        return events, reason_of(process.exitcode)
     finally:
         if process.pid:
+            with contextlib.suppress(OSError, AttributeError):  # it may be gone; Windows has no groups
+                os.killpg(process.pid, signal.SIGKILL)
             process.kill()
             process.join()
-        receiver.close()
+        if reader.is_alive():
+            reader.join(1)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def receive(receiver: Connection, messages: queue.SimpleQueue) -> None:
+    """Pass messages on, and None at their end. A thread of its own, since half a message would keep it for ever."""
+    with receiver, contextlib.suppress(EOFError, OSError):
+        while True:
+            messages.put(receiver.recv_bytes(10**6))
+    messages.put(None)
 
 
 def reason_of(exit_code: int | None) -> str:
@@ -300,11 +340,6 @@ def reason_of(exit_code: int | None) -> str:
 
 def grade_part(source: str, path: Path, part: int, tests: list[str], limit: float) -> Result:
     title = PARTS[part - 1].title
-    tree = ast.parse(source)
-    left = blanks_left(tree, part)
-    if left == len(PARTS[part - 1].gaps):
-        return Result(part, title, "not begun", [])
-
     events, reason = events_of(source, path, part, limit)
     verdict = "right"
     failures = []
@@ -320,13 +355,16 @@ def grade_part(source: str, path: Path, part: int, tests: list[str], limit: floa
                 verdict = "skipped"
     passed = {test for event, test, _ in events if event == "passed"}
     if reason:
-        verdict = reason if reason.startswith("no end") else "stopped"
+        verdict = reason.partition(":")[0] if reason.startswith("no end") else "stopped"
         failures.append(failure(begun, reason))
     elif not failures and passed != set(tests):
         verdict = "stopped"
         failures.append(failure(begun, f"{len(set(tests) - passed)} of {len(tests)} tests were not run to their end"))
-    if left:
-        verdict = "not finished"
+    left = blanks_left(ast.parse(source), part)
+    if left and verdict != "right":
+        failures = [one for one in failures if f"NotImplementedError: part {part}:" not in one.message]
+        verdict = "not finished" if failures or len(left) < len(PARTS[part - 1].gaps) else "not begun"
+        failures += [failure("", f"line {line} is still there: raise NotImplementedError(...)") for line in left]
     return Result(part, title, verdict, failures)
 
 
@@ -341,7 +379,7 @@ def grade(path: Path, parts: list[int], tests: dict[int, list[str]], limit: floa
         source = read_source(path)
         events, reason = events_of(source, path, None, limit)
         if reason:
-            raise InputError(f"{path}: {reason} while it is imported")
+            raise InputError(f"{path}, while it is imported: {reason}")
         for event, _, text in events:
             if event != "end":
                 raise InputError(text)
@@ -415,7 +453,8 @@ def print_result(result: Result) -> None:
     print(f"{result.part}  {result.title:32}{result.verdict}")
     said = set()
     for one in result.failures:
-        print(textwrap.fill(one.property, 110, initial_indent=" " * 5, subsequent_indent=" " * 5))
+        if one.property:
+            print(textwrap.fill(one.property, 110, initial_indent=" " * 5, subsequent_indent=" " * 5))
         if one.message not in said:
             print(textwrap.fill(one.message, 110, initial_indent=" " * 7, subsequent_indent=" " * 7))
         said.add(one.message)
@@ -471,12 +510,20 @@ def write_csv(grades: list[Grade], parts: list[int], path: Path) -> None:
         file.write(text.getvalue().encode("utf-8", "backslashreplace"))
 
 
+def same_file(one: Path, other: Path) -> bool:
+    return one.resolve() == other.resolve() or (one.exists() and other.exists() and one.samefile(other))
+
+
 def check_and_write(args: argparse.Namespace) -> int:
     """What --check asks for. Gives the exit code: 0, all is right; 1, not. Raises InputError for a single bad file."""
     paths, parts = files_and_parts(args.check)
     for path in filter(None, (args.json, args.csv)):  # before the work, not after
         if path.is_dir() or not path.absolute().parent.is_dir():
             raise InputError(f"cannot write {path}: give the name of a file in a folder that is there")
+        if any(same_file(path, other) for other in paths):
+            raise InputError(f"{path} is a file to be graded: give another name to write to")
+    if args.json and args.csv and same_file(args.json, args.csv):
+        raise InputError(f"--json and --csv are both {args.csv}: give two names")
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # whatever else is installed, the tests run in one process
     os.environ.pop("PYTEST_ADDOPTS", None)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a copied process cannot use a GPU
@@ -520,4 +567,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends all that Ctrl-C ends
     run_command(main)

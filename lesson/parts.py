@@ -132,6 +132,7 @@ WRONG = [
     Answer(1, "an edge in the noisier column", "(t * columns - 1e-4).ceil().long() - 1", "(t * columns).long()"),
     Answer(1, "column 0 is the noisiest", "(t * columns - 1e-4)", "((1 - t) * columns + 1e-4)"),
     Answer(1, "rounding decides at an edge", "t * columns - 1e-4", "t * columns"),
+    Answer(1, "t is changed in place", "(t * columns - 1e-4).ceil()", "t.mul_(columns).sub_(1e-4).ceil()"),
     Answer(2, "each ratio pulled, not the mean", "(ratios.mean() - target) ** 2", "((ratios - target) ** 2).mean()"),
     Answer(2, "not squared", "(ratios.mean() - target) ** 2", "(ratios.mean() - target).abs()"),
     Answer(2, "the sum for the mean", "(ratios.mean() - target) ** 2", "(ratios.sum() - target) ** 2"),
@@ -227,9 +228,9 @@ def _named(statements: list[ast.stmt]) -> Iterator[tuple[str, ast.stmt]]:
         if isinstance(node, ast.FunctionDef):
             yield node.name, node
         elif isinstance(node, ast.Assign):
-            yield ast.unparse(node.targets[0]), node
+            yield _text(node.targets[0]), node
         elif isinstance(node, (ast.AnnAssign, ast.AugAssign)):
-            yield ast.unparse(node.target), node
+            yield _text(node.target), node
 
 
 def message(number: int, gap: Gap) -> str:
@@ -257,14 +258,14 @@ def blank(source: str, keep: Collection[int] = ()) -> str:
     return "".join(lines)
 
 
-def blanks_left(tree: ast.Module, number: int) -> int:
-    """How many blanks of a part are left in a student's file."""
+def blanks_left(tree: ast.Module, number: int) -> list[int]:
+    """The lines of a student's file in which a blank of a part is left, one for each blank."""
     functions = functions_of(tree)
-    left = 0
+    left = []
     for gap in PARTS[number - 1].gaps:
         node = functions.get(gap.function)
-        texts = [ast.unparse(line) for line in ast.walk(node) if isinstance(line, ast.Raise)] if node else []
-        left += any(message(number, gap) in text for text in texts)
+        raises = [line for line in ast.walk(node) if isinstance(line, ast.Raise)] if node else []
+        left += [line.lineno for line in raises if message(number, gap) in _text(line)][:1]
     return left
 
 
@@ -283,7 +284,7 @@ def changed_outside(tree: ast.Module) -> list[str]:
                 changed.append(f"{name}, around its blank (graded as it is)")
         elif _text(other) != _text(node):
             constant = isinstance(node, (ast.Assign, ast.AnnAssign))
-            changed.append(f"{_text(other)} (it was {ast.unparse(node.value)})" if constant else name)
+            changed.append(f"{_text(other)[:200] or name} (it was {ast.unparse(node.value)})" if constant else name)
     return changed
 
 
@@ -297,9 +298,15 @@ def _around(function: ast.FunctionDef, gaps: list[Gap]) -> set[str]:
     return texts
 
 
-def _text(node: ast.stmt) -> str:
-    """A statement without comments, and a function without its docstring: these may change."""
+def _text(node: ast.AST) -> str:
+    """A statement without comments, and a function without its docstring: these may change.
+
+    Empty if an expression is too long for Python to write it.
+    """
     if isinstance(node, ast.FunctionDef):
         node = copy.copy(node)
         node.body = whole_body(node) or [ast.Pass()]
-    return ast.unparse(node)
+    try:
+        return ast.unparse(node)
+    except RecursionError:
+        return ""

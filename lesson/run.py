@@ -10,9 +10,11 @@ All that stands behind the script is for the script. The original file stays as 
 
 from __future__ import annotations
 
+import ast
 import os
 import runpy
 import sys
+import traceback
 import types
 from pathlib import Path
 
@@ -31,6 +33,7 @@ def read_source(path: Path) -> str:
     try:
         source = path.read_text(encoding="utf-8-sig")
         compile(source, str(path), "exec")
+        ast.parse(source)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -44,8 +47,19 @@ def read_source(path: Path) -> str:
     return source
 
 
-def load(source: str, path: Path, name: str = "diffratio_mod") -> types.ModuleType:
-    """A source as a module that can be imported under this name. Raises InputError if it is no solution."""
+def why_it_stops(path: Path, error: BaseException) -> str:
+    """One line for an error at import, with the last line of this file that was run."""
+    lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == str(path)]
+    text = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(":")
+    place = f" (line {lines[-1]})" if lines else ""
+    return f"{path} stops while it is imported: {text[:500]}{place}"
+
+
+def load(source: str, path: Path, name: str = "diffratio_mod", whole: bool = True) -> types.ModuleType:
+    """A source as a module that can be imported under this name. Raises InputError if it is no solution.
+
+    If it need not be `whole`, some of the public names are enough.
+    """
     code = compile(source, str(path), "exec")
     module = types.ModuleType(name)
     module.__file__ = str(path)
@@ -57,9 +71,9 @@ def load(source: str, path: Path, name: str = "diffratio_mod") -> types.ModuleTy
         sys.modules.pop(name)
         if before is not None:
             sys.modules[name] = before
-        raise InputError(f"{path} stops while it is imported: {type(error).__name__}: {error}") from None
+        raise InputError(why_it_stops(path, error)) from None
     missing = [public for public in PUBLIC if not hasattr(module, public)]
-    if missing:
+    if missing and (whole or len(missing) == len(PUBLIC)):
         sys.modules.pop(name)
         raise InputError(f"{path} is not a version of diffratio_mod.py: it has no {', '.join(missing[:3])}")
     return module

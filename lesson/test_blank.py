@@ -28,6 +28,7 @@ from parts import NUMBERS, PARTS, WRONG, Answer
 
 SOURCE = parts.ORIGINAL.read_text(encoding="utf-8")
 PULL = "(ratios.mean() - target) ** 2"  # the answer to part 2
+GAP_2 = parts.message(2, PARTS[1].gaps[0])
 
 
 def events_of(source: str, part: int | None, tmp_path: Path, *options: str) -> list[tuple]:
@@ -66,7 +67,7 @@ def test_all_tests_of_a_part_are_red_while_it_is_blank(number, tmp_path):
     source = parts.blank(SOURCE, keep={*NUMBERS} - {number})
     red = {test.partition("[")[0] for event, test, _ in events_of(source, number, tmp_path) if event == "failed"}
     assert red == {test.partition("[")[0] for test in blank.tests_of_parts()[number]}
-    assert parts.blanks_left(ast.parse(source), number) == len(PARTS[number - 1].gaps)
+    assert len(parts.blanks_left(ast.parse(source), number)) == len(PARTS[number - 1].gaps)
 
 
 def test_tests_of_no_part_are_green_from_the_start(tmp_path):
@@ -221,6 +222,11 @@ ENDINGS = {  # answers to part 2, each with its verdict and words of the message
     "recursion": ("return ratio_loss(ratios, target)", "wrong", "RecursionError"),
     "replaced": ("import pytest; pytest.approx = lambda x, **_: x; return 0 * ratios.mean()", "wrong", "expected"),
     "blind": (f"torch.Tensor.isclose = lambda a, *_: a == a; return {PULL}", "wrong", "replaces Tensor.isclose"),
+    "raise-below": (f"return {PULL}; raise NotImplementedError({GAP_2!r})", "right", ""),
+    "wrong-raise-below": (f"return {PULL} + 1; raise NotImplementedError({GAP_2!r})", "not finished", "is still there"),
+    "untouched": (f"raise NotImplementedError({GAP_2!r})", "not begun", "is still there: raise NotImplementedError"),
+    "assert": ("assert ratios is None", "wrong", "AssertionError (line "),
+    "assert-words": ("assert ratios is None, 'no\\n' + 'x' * 999", "wrong", "AssertionError: no (line "),
     "nothing": (PULL, "wrong", "expected a tensor, got None"),
     "again": (PULL, "wrong", "expected a tensor, got None"),
 }
@@ -228,8 +234,17 @@ ENDS_OF_IMPORTS = {  # what stands at the end of a file that cannot be graded, a
     "import-exit": ("import os; os._exit(0)", "ends the process, with exit code 0"),
     "import-fails": ("x = y", "stops while it is imported: NameError"),
     "import-skip": ("import pytest; pytest.skip('x', allow_module_level=True)", "stops while"),
+    "import-lines": ("x = 1\nraise ValueError('a\\nb', object())", "a\\nb', <object object at 0x...>) (line "),
     "import-syntax": ("def ratio_gate(:", "Python cannot read it"),
     "import-len": ("import builtins; builtins.len = lambda x: 3", ""),
+}
+
+
+ODD_FILES = {  # what stands at the end of a file whose answers are right
+    "long": "LONG = " + "1 + " * 1500 + "1",
+    "float64": "torch.set_default_dtype(torch.float64)",
+    "star": "from torch import *",
+    "no-gate": "del ratio_gate",
 }
 
 
@@ -242,6 +257,8 @@ def test_whatever_an_answer_does_it_costs_its_own_points_and_all_of_a_folder_is_
         (answers / f"{name}.py").write_text(SOURCE.replace(f"return {PULL}", answer), encoding="utf-8")
     for name, (end, _) in ENDS_OF_IMPORTS.items():
         (answers / f"{name}.py").write_text(f"{SOURCE}\n{end}\n", encoding="utf-8")
+    for name, end in ODD_FILES.items():
+        (answers / f"{name}.py").write_text(f"{SOURCE}\n{end}\n", encoding="utf-8")
     itself = "\nimport os\nNEXT_BEST_SHARE = 0.5\nos.remove(__file__)\n"
     (answers / "deeper" / "removes.py").write_text(SOURCE + itself, encoding="utf-8")
 
@@ -252,7 +269,7 @@ def test_whatever_an_answer_does_it_costs_its_own_points_and_all_of_a_folder_is_
     lines = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
     written = {one["file"]: one for one in json.loads((tmp_path / "r.json").read_text())["files"]}
     rows = {row["file"]: row for row in csv.DictReader((tmp_path / "r.csv").read_text().splitlines())}
-    assert len(written) == len(ENDINGS) + len(ENDS_OF_IMPORTS) + 1
+    assert len(written) == len(ENDINGS) + len(ENDS_OF_IMPORTS) + len(ODD_FILES) + 1
     assert list(lines) == list(written) == list(rows)
     for name, (_, verdict, words) in ENDINGS.items():
         file = f"answers/{name}.py"
@@ -266,11 +283,17 @@ def test_whatever_an_answer_does_it_costs_its_own_points_and_all_of_a_folder_is_
         one = written[f"answers/{name}.py"]
         assert words in one["error"] and one["points"] == 0 and "cannot be graded" in lines[one["file"]], one
         assert rows[one["file"]]["error"] == one["error"]
+    for name in ODD_FILES:
+        assert written[f"answers/{name}.py"]["points"] == 1, written[f"answers/{name}.py"]
     removed = written["answers/deeper/removes.py"]
     assert removed["points"] == 1 and removed["changed"] == ["NEXT_BEST_SHARE = 0.5 (it was 0.05)"]
     assert (answers / "deeper" / "removes.py").exists()
     assert written["answers/nothing.py"]["parts"] == written["answers/again.py"]["parts"]  # the same bytes
-    assert "0x" not in json.dumps(written) and str(tmp_path) not in json.dumps(written)
+    text = json.dumps(written)
+    assert "0x" not in text.replace("0x...", "") and str(tmp_path) not in text
+
+
+BUSY = "a loop without end, or a busy machine (then a larger --limit)"
 
 
 def test_an_answer_without_an_end_is_stopped_and_the_others_are_graded(tmp_path):
@@ -279,13 +302,34 @@ def test_an_answer_without_an_end_is_stopped_and_the_others_are_graded(tmp_path)
     source = parts.blank(SOURCE.replace(f"return {PULL}", "while True: pass"), keep={*NUMBERS} - {7})
     path.write_text(source, encoding="utf-8")
     endless, _ = blank.grade(path, [2, 7], tests, 5).parts
-    assert endless.verdict == "no end after 5 s" == endless.failures[0].message
+    assert endless.verdict == "no end after 5 s"
+    assert endless.failures[0].message == f"{endless.verdict}: {BUSY}"
     assert endless.failures[0].test in ("", tests[2][0])
 
     path.write_text(source + "\nwhile True: pass\n", encoding="utf-8")
-    assert blank.grade(path, [2, 7], tests, 1).error == f"{path}: no end after 1 s while it is imported"
+    assert blank.grade(path, [2, 7], tests, 1).error == f"{path}, while it is imported: no end after 1 s: {BUSY}"
     path.write_text(parts.blank(SOURCE), encoding="utf-8")
     assert [result.verdict for result in blank.grade(path, [2, 7], tests, 60).parts] == ["not begun"] * 2
+
+
+def test_half_a_message_does_not_keep_the_grading(tmp_path):
+    pipes = "[c for c in gc.get_objects() if isinstance(c, multiprocessing.connection.Connection) and c.writable]"
+    answer = f"import gc, os, multiprocessing.connection; [os.write(c.fileno(), bytes(3)) for c in {pipes}]"
+    answer += "\n    while True: pass"
+    path = tmp_path / "a.py"
+    path.write_text(SOURCE.replace(f"return {PULL}", answer), encoding="utf-8")
+    begun = time.monotonic()
+    (result,) = blank.grade(path, [2], {2: ["none"]}, 2).parts
+    assert result.verdict == "no end after 2 s" and time.monotonic() - begun < 30
+
+
+def test_a_function_that_is_gone_costs_its_own_part_and_is_named(tmp_path):
+    path = tmp_path / "a.py"
+    path.write_text(SOURCE.replace("def ratio_gate(", "def gate("), encoding="utf-8")
+    tests = {number: blank.tests_of_parts()[number] for number in (2, 4)}
+    pull, gate = blank.grade(path, [2, 4], tests, 60).parts
+    assert pull.verdict == "right" and gate.verdict == "wrong"
+    assert gate.failures[0].message == "it has no ratio_gate"
 
 
 def test_one_wrong_part_costs_one_point_and_its_property_is_named(tmp_path):
@@ -327,6 +371,9 @@ def test_a_part_is_right_only_if_each_of_its_tests_was_run_and_passed(monkeypatc
     monkeypatch.setattr(blank, "events_of", lambda *_: (reports["right"], None))
     first_blank = f'raise NotImplementedError("{parts.message(5, PARTS[4].gaps[0])}")'
     source = parts.blank(SOURCE).replace(first_blank, "return None")
+    assert blank.grade_part(source, Path("a.py"), 5, ["a", "b"], 60).verdict == "right"  # what is left is not reached
+    events = [("failed", "a", f"NotImplementedError: {parts.message(5, PARTS[4].gaps[1])} (line 9: ...)")]
+    monkeypatch.setattr(blank, "events_of", lambda *_: (events, None))
     assert blank.grade_part(source, Path("a.py"), 5, ["a", "b"], 60).verdict == "not finished"
     assert blank.grade_part(parts.blank(SOURCE), Path("a.py"), 5, ["a", "b"], 60).verdict == "not begun"
 
@@ -449,11 +496,14 @@ def test_wrong_use_is_one_line(tmp_path, monkeypatch):
         "give --check a file": ["--check", 2],
         "there is no .py file": ["--check", tmp_path / "empty"],
         "--json and --csv with --check": ["--list", "--csv", "x.csv"],
+        "is a file to be graded": ["--check", blanked, "--json", tmp_path / "empty" / ".." / "blank.py"],
+        "give two names": ["--check", blanked, "--json", tmp_path / "r", "--csv", tmp_path / "r"],
         "give the name of a file in a folder": ["--check", blanked, "--csv", tmp_path],
     }
     for words, arguments in refused.items():
         with pytest.raises(run.InputError, match=words):
             call(monkeypatch, *arguments)
+    assert blanked.read_text(encoding="utf-8") == parts.blank(SOURCE) and not (tmp_path / "r").exists()
     script = tmp_path / "script.py"
     script.write_text("import diffratio_mod\ndiffratio_mod.ratio_loss(None, 0.3)\n", encoding="utf-8")
     with pytest.raises(run.InputError, match="is not filled in: part 2"):
