@@ -148,8 +148,10 @@ def averaging(averaged: EMAModel, weights: list) -> Iterator[None]:
     """In here the model has its averaged weights."""
     averaged.store(weights)
     averaged.copy_to(weights)
-    yield
-    averaged.restore(weights)
+    try:
+        yield
+    finally:
+        averaged.restore(weights)
 
 
 def write_metrics(path: Path, line: dict) -> None:

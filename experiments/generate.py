@@ -4,8 +4,8 @@
     python experiments/generate.py --pretrained NAME --routed runs/routed --prompt "a red circle above a blue square"
     python experiments/generate.py --pretrained NAME --routed runs/routed --prompts FILE --compare    # one a line
 
-    python experiments/generate.py --pretrained NAME --routed runs/routed --prompts FILE --compare     # one a line
-folder or a name on the hub. A DiT takes for a prompt the number of a class, or a name of it that the pipeline knows.
+--routed is what finetune.py leaves: routing.pt, and transformer/ if the weights were trained, too. All else is NAME's,
+a folder or a name on the hub. A DiT takes for a prompt the number of a class, or a name of it that the pipeline knows.
 """
 
 import functools

@@ -78,7 +78,8 @@ def sampling_of(model: DiT) -> tuple[list[np.ndarray], list[list[np.ndarray]], l
     images_from_prompts(model, [PROMPT], 0, hook=lambda t, x0: guesses.append(to_uint8(x0)[0]), **options)
     for hook in hooks:
         hook.remove()
-    depth, tokens = model.config.depth, np.arange(model.config.tokens)
+    depth = model.config.depth
+    tokens = np.arange(model.config.tokens)
     processed = [
         [np.isin(tokens, order[0]) for _, order in records[i : i + depth]] for i in range(0, len(records), depth)
     ]

@@ -110,8 +110,10 @@ class Routing(nn.Module):
         """In here all tokens are processed, by the same weights; the gates remain."""
         ratios = self.ratios.data
         self.ratios.data = torch.zeros_like(ratios)
-        yield
-        self.ratios.data = ratios
+        try:
+            yield
+        finally:
+            self.ratios.data = ratios
 
     def plan(self, model: nn.Module, args: tuple, named: dict) -> tuple[tuple, dict]:
         """Before each forward pass: from the timesteps to each layer's ratios or k, for RoutedLayer.forward."""
