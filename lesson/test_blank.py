@@ -316,11 +316,9 @@ def test_half_a_message_does_not_keep_the_grading(tmp_path):
     pipes = "[c for c in gc.get_objects() if isinstance(c, multiprocessing.connection.Connection) and c.writable]"
     answer = f"import gc, os, multiprocessing.connection; [os.write(c.fileno(), bytes(3)) for c in {pipes}]"
     answer += "\n    while True: pass"
-    path = tmp_path / "a.py"
-    path.write_text(SOURCE.replace(f"return {PULL}", answer), encoding="utf-8")
     begun = time.monotonic()
-    (result,) = blank.grade(path, [2], {2: ["none"]}, 2).parts
-    assert result.verdict == "no end after 2 s" and time.monotonic() - begun < 30
+    _, reason = blank.events_of(SOURCE.replace(f"return {PULL}", answer), tmp_path / "a.py", 2, 2)
+    assert reason == f"no end after 2 s: {BUSY}" and time.monotonic() - begun < 30
 
 
 def test_a_function_that_is_gone_costs_its_own_part_and_is_named(tmp_path):
