@@ -1255,7 +1255,16 @@ def test_the_longest_caption_fits_and_there_is_room_for_eight_words():
     assert train_cifar.Pictures(np.zeros((1, 8, 8, 3), np.uint8), [0], ["a"], False).caption_length == 8
 
 
-def test_what_is_in_a_folder_is_said_and_what_systems_put_there_is_no_picture(tmp_path, capsys):
+def test_what_is_in_a_folder_is_said_and_what_systems_put_there_is_no_picture(tmp_path, capsys, monkeypatch):
+    walk = os.walk
+
+    def walk_backwards(folder, followlinks):  # a file system gives names in any order
+        for where, folders, names in walk(folder, followlinks=followlinks):
+            folders.sort(reverse=True)
+            names.sort(reverse=True)
+            yield where, folders, names
+
+    monkeypatch.setattr(os, "walk", walk_backwards)
     train = tmp_path / "train"
     for name in ("toad/0.webp", "frog/b.png", "frog/a.png", "frog/deeper/1.JPG", "0.png", "__MACOSX/frog/._0.png"):
         write_picture(train / name)
@@ -1267,7 +1276,7 @@ def test_what_is_in_a_folder_is_said_and_what_systems_put_there_is_no_picture(tm
     by_class, _ = train_cifar.find_pictures(train)
     data = train_cifar.load_data(folder_settings(tmp_path))
 
-    assert [*by_class] == ["frog", "toad"]  # in their order, whatever that of the file system is
+    assert [*by_class] == ["frog", "toad"]
     assert [path.name for path in by_class["frog"]] == ["a.png", "b.png", "1.JPG"]
     assert data.captions == ["a photo of a frog", "a photo of a toad"]
     assert list(data.labels) == [0, 0, 0, 1]
@@ -1575,6 +1584,7 @@ def test_init_takes_the_image_layers_and_says_what_it_does_not_take(finished, tm
     assert "captions" in capsys.readouterr().err
     assert run.model.config.vocabulary == ("a", "photo", "of", "frog")
     assert_taken(run, lambda name: name.startswith("layers."))
+    assert not torch.equal(run.model.word_positions, source["word_positions"])
 
 
 @pytest.mark.parametrize("flags, expected", [([], False), (["--amp"], True)])
@@ -1740,6 +1750,12 @@ def test_a_run_does_not_go_on_with_another_number_of_pictures(tmp_path, capsys):
     assert snapshot(tmp_path) == before
 
 
+def test_a_run_is_not_shortened_to_its_dense_steps(tmp_path, capsys):
+    for _ in states(tiny_run("--steps", 9, "--dense-steps", 5), tmp_path, 1):
+        pass
+    assert_refused(call(train_cifar, capsys, "--out", tmp_path, "--resume", "--steps", 4), "--dense-steps 5")
+
+
 def test_checkpoints_metrics_and_pictures_come_when_they_are_due_checkpoints_first(tmp_path, monkeypatch):
     """Before the first step; every --save-every minutes; at each quarter, before the pictures; and at the end."""
     events = []
@@ -1754,6 +1770,7 @@ def test_checkpoints_metrics_and_pictures_come_when_they_are_due_checkpoints_fir
     quarters = ["save 3", "draw 3", "save 6", "draw 6", "save 9", "draw 9", "save 12", "draw 12"]
     assert [event for event in events if event in quarters] == quarters
     assert events[0] == "save 0"
+    assert set(events) - set(quarters) - {"save 0"}  # and some between, when two minutes have passed
     assert [line["step"] for line in run.metrics] == [5, 10, 12]
     monkeypatch.undo()
 

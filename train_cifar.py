@@ -788,7 +788,7 @@ def find_pictures(folder: Path) -> tuple[dict[str, list[Path]], collections.Coun
             else:
                 by_class[place[0]].append(path)
     left_out["class without pictures"] = sum(not paths for paths in by_class.values())
-    return {name: sorted(by_class[name]) for name in sorted(by_class) if by_class[name]}, +left_out
+    return {name: sorted(paths) for name, paths in by_class.items() if paths}, +left_out
 
 
 def hidden(name: str) -> bool:
