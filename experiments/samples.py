@@ -42,7 +42,7 @@ def is_written(path: Path, target: str | int) -> bool:
     """Whether this sample is there, with this caption or label."""
     if not path.exists():
         return False
-    with input_errors(f"{path} is no sample; take it away"), safe_open(path, "pt") as file:
+    with input_errors(f"{path} is no sample; remove it"), safe_open(path, "pt") as file:
         return (file.metadata() or {}).get("target") == str(target)
 
 
