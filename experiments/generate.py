@@ -26,7 +26,7 @@ from common import count_flops, interleaved
 from routing_diffusers import load_routing
 
 from diffratio_mod import InputError, RoutedLayer
-from sample import Parser, draw_grid, draw_samples, input_errors, number, replace_file, run_command
+from sample import Parser, draw_grid, draw_samples, input_errors, number, run_command, write_png
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -179,11 +179,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(
         f"{len(prompts)} pictures, {args.steps} steps, guidance {args.guidance:g}, seed {args.seed}: wrote {args.out}"
     )
-
-
-def write_png(picture: Image.Image, path: Path) -> None:
-    with replace_file(path) as file:
-        picture.save(file, "PNG")
 
 
 if __name__ == "__main__":

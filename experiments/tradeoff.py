@@ -102,7 +102,6 @@ class Measure:
 
     prompts: Callable[[int], list[str]]  # so many, the same at every call
     quality: Callable[[np.ndarray, list[str]], dict[str, float]]  # of images of prompts: quality and standard error
-    second: Callable[[np.ndarray], dict[str, float]] | None  # the same by another network, if asked for
     higher_is_better: bool
 
 
@@ -116,7 +115,7 @@ def measure_of(args: argparse.Namespace, size: int, device: torch.device) -> Mea
         error = (share * (1 - share) / len(prompts)) ** 0.5
         return {"quality": 100 * share, "standard error": 100 * error}
 
-    return Measure(mixed_prompts, share_followed, None, True)
+    return Measure(mixed_prompts, share_followed, True)
 
 
 def measure_photographs(args: argparse.Namespace, size: int, device: torch.device) -> Measure:
@@ -131,15 +130,7 @@ def measure_photographs(args: argparse.Namespace, size: int, device: torch.devic
             "Frechet distance": found["Frechet distance"],
         }
 
-    second = None
-    if args.second_network:
-        second_distance = photographs.measure_of(args.data_dir, size, device, "lite2")
-
-        def second(images: np.ndarray) -> dict[str, float]:
-            found = second_distance(images)
-            return {"quality, lite2": found["KID e-3"], "standard error, lite2": found["standard error"]}
-
-    return Measure(lambda count: (captions * count)[:count], quality, second, False)
+    return Measure(lambda count: (captions * count)[:count], quality, False)
 
 
 # --- An arm's choice of guidance -------------------------------------------------------------------------------------
@@ -221,8 +212,6 @@ def measure_arm(name: str, model: nn.Module, measure: Measure, args: argparse.Na
     for steps in args.steps:
         images = draw_images(model, prompts, args.seed, args.amp, steps=steps, **best.options())
         point = measure.quality(images, prompts)
-        if measure.second is not None:
-            point.update(measure.second(images))
         point["GFLOPs"] = flops(model, table, steps, **best.options()) / 1e9
         row["steps"][str(steps)] = point
         text = ", ".join(f"{what} {value:.2f}" for what, value in point.items())
@@ -236,11 +225,12 @@ def print_table(results: dict, steps: list[int]) -> None:
     print("|---" * (len(steps) + 3) + "|")
     for name, row in results.items():
         cells = []
-        for point in (row["steps"][str(count)] for count in steps):
-            quality = f"{point['quality']:.1f} ± {point['standard error']:.1f}"
-            if "quality, lite2" in point:
-                quality += f" / {point['quality, lite2']:.1f} ± {point['standard error, lite2']:.1f}"
-            cells.append(f"{quality} ({point['GFLOPs']:.1f})")
+        for count in map(str, steps):
+            if count not in row["steps"]:  # of an earlier call with other steps
+                cells.append("")
+                continue
+            point = row["steps"][count]
+            cells.append(f"{point['quality']:.1f} ± {point['standard error']:.1f} ({point['GFLOPs']:.1f})")
         low, high = row["guidance interval"]
         print(f"| {name} | {row['guidance']:g} | {low:g} to {high:g} | {' | '.join(cells)} |")
 
@@ -283,7 +273,6 @@ def make_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--num", type=number(int, 50, 10**6), default=500, help="images a point (default 500)")
     parser.add_argument("--choose-by", type=number(int, 50, 10**6), default=300, help="images a guidance (default 300)")
-    parser.add_argument("--second-network", action="store_true", help="KID on EfficientNet-Lite2, too (default off)")
     parser.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0)
     parser.add_argument("--amp", action="store_true", help="sample in bfloat16 (default off)")
     parser.add_argument("--device", default="auto")
