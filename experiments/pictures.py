@@ -4,9 +4,10 @@
 
 Nothing is chosen by eye: seed 0, one image a prompt. `sampling.gif`: one prompt from noise to image, dense beside
 routed, with the tokens that each layer processed. `dense_and_learned.png`: the prompts that the checkpoints keep, of
-`shapes` every second (four with one object, four with two), of the photographs the first eight. Two models are
-compared, not one model with two tables: from `shapes_dense.pt` the routed one was trained for 750 steps more; the two
-of CIFAR-10 were trained for equally long. Leaves both in assets/, or where --out says.
+`shapes` every second (four with one object, four with two), of the photographs the first eight, guided as in the chart
+of the front page. Two models are compared, not one model with two tables: from `shapes_dense.pt` the routed one was
+trained for 750 steps more; the two of CIFAR-10 were trained for equally long. Leaves both in assets/, or where --out
+says.
 """
 
 import textwrap
@@ -36,17 +37,19 @@ from sample import (
 )
 
 ASSETS = DEFAULT_CHECKPOINT.parent
-GUIDANCE = 3.0
-# Name, of its checkpoints' prompts those that are drawn, steps, and the start of the title.
+# Name, of its checkpoints' prompts those that are drawn, steps, guidance and its interval, and the start of the title.
 PAIRS = (
-    ("shapes", slice(0, 16, 2), 10, "Coloured shapes"),
-    ("cifar", slice(0, 8), 20, "Photographs"),
+    ("shapes", slice(0, 16, 2), 10, 3.0, (0.0, 1.0), "Coloured shapes"),
+    ("cifar", slice(0, 8), 20, 4.0, (0.25, 0.85), "Photographs"),
 )
 PROMPT = "a red circle above a blue cross"
 STEPS = 20
+GUIDANCE = 3.0
 
 
-def draw_pair(name: str, chosen: slice, steps: int, title: str) -> Image.Image:
+def draw_pair(
+    name: str, chosen: slice, steps: int, guidance: float, interval: tuple[float, float], title: str
+) -> Image.Image:
     """Two rows, dense and routed, each with the GFLOPs of an image at its left."""
     rows = []
     row_names = []
@@ -54,8 +57,8 @@ def draw_pair(name: str, chosen: slice, steps: int, title: str) -> Image.Image:
         model, checkpoint = read_checkpoint(ASSETS / f"{name}_{kind}.pt")
         prompts = checkpoint["prompts"][chosen]
         ratios = model.ratios.detach()
-        images = images_from_prompts(model, prompts, seed=0, steps=steps, guidance=GUIDANCE)
-        gflops = sampling_flops(model.config, ratios, steps, GUIDANCE) / 1e9
+        images = images_from_prompts(model, prompts, seed=0, steps=steps, guidance=guidance, guidance_interval=interval)
+        gflops = sampling_flops(model.config, ratios, steps, guidance, interval) / 1e9
         print(f"{name}, {kind}: {gflops:.2f} GFLOPs an image, mean of the table {float(ratios.mean()):.2f}")
         rows.append([(image, "") for image in images])
         row_names.append(f"{kind}\n{gflops:.1f}\nGFLOPs")

@@ -65,7 +65,7 @@ def shipped() -> DiT:
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> Path:
     """A checkpoint of a small random model with other sizes and words, and one column in its table."""
-    words = ("a", "photo", "of", "cat", "dog")
+    words = ("a", "photo", "of", "airplane", "dog")
     config = Config(words, 15, 3, dim=16, depth=3, heads=2, caption_length=5, mode="layer")
     model = DiT(config)
     rng = torch.Generator().manual_seed(0)
@@ -300,12 +300,12 @@ def test_a_page_of_another_model_draws_what_pytorch_draws(chromium, small, monke
     frame = explorer.MODEL.sub("", page.read_text(encoding="utf-8"))
     assert frame == explorer.MODEL.sub("", explorer.PAGE.read_text(encoding="utf-8"))
 
-    open_page(chromium, fragment="#steps=7&guidance=1&seed=3", page=page)
+    open_page(chromium, fragment="#steps=7&guidance=1&seed=3&prompt=a+photo+of+an+airplane", page=page)
     pictures = finished_pictures(chromium)
 
     model, _ = read_checkpoint(small)
     with_weights_of_page(model)
-    words = encode(model.config, ["a photo of a dog"])
+    words = encode(model.config, ["a photo of an airplane"])
     image = sample_images(model, words, noise_of(3, 15)[None], 7, 1.0)
     assert np.abs(pictures[0] - to_uint8(image[0])).max() <= 1
     box = chromium.find_element("id", "words")

@@ -1,7 +1,9 @@
 """The notebook of the lesson: it runs from top to bottom, and says which answers are wrong.
 
 Executing it needs nbformat, nbclient, ipykernel and matplotlib; where they are missing, only the kept file is looked
-at. To make the kept outputs anew: jupyter nbconvert --to notebook --execute --inplace lesson/notebook.ipynb
+at. To make the kept outputs anew:
+
+    jupyter nbconvert --to notebook --execute --coalesce-streams --inplace lesson/notebook.ipynb
 """
 
 import copy
