@@ -1,4 +1,4 @@
-"""Do the pages name what is there? Every link, anchor, script, flag and shipped file of README.md and the other pages.
+"""Do README.md and the other pages name what is there? Every link, anchor, script, flag, file, test and name.
 
 python .ci/pages.py    # exit code 1, and a line for each that is missing
 """
@@ -11,6 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("experiments/*.md")), *sorted(ROOT.glob("lesson/*.md"))]
 SHIPPED = ("assets/", "experiments/", "lesson/")  # files of these folders are part of the repository
 MADE_BY_COMMANDS = ("runs/", "experiments/results/")
+FILES = [path for folder in (".", "experiments", "lesson") for path in sorted((ROOT / folder).glob("*.py"))]
+SOURCES = "\n".join(path.read_text(encoding="utf-8") for path in FILES)
 PASSES_ON = {"experiments/compare.py": "train_cifar.py"}  # flags that a script does not know go to another
 
 
@@ -71,10 +73,21 @@ def wrong_commands(page: Path) -> list[str]:
     return wrong
 
 
+def wrong_names(page: Path) -> list[str]:
+    """Tests that -k would not find, and names in the text, `like_this`, that no source file has."""
+    text = page.read_text(encoding="utf-8")
+    tests = " ".join(re.findall(r"def (test_\w+)", SOURCES))
+    selected = re.findall(r'-k (?:"([\w ]+)"|(\w+))', text)
+    parts = [part for pair in selected for part in "".join(pair).split(" or ")]
+    names = re.findall(r"`((?:\w+\.)*[A-Za-z]\w*_\w+)`", text)
+    wrong = [f"test {part}" for part in parts if part not in tests]
+    return wrong + [f"name {name}" for name in names if name.split(".")[-1] not in SOURCES]
+
+
 def main() -> int:
     count = 0
     for page in PAGES:
-        for what in wrong_links(page) + wrong_commands(page):
+        for what in wrong_links(page) + wrong_commands(page) + wrong_names(page):
             print(f"{page.relative_to(ROOT)}: no {what}")
             count += 1
     print(f"{len(PAGES)} pages, {count} things that are not there")
