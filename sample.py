@@ -461,7 +461,7 @@ def number(kind: type, low: float, high: float) -> Callable[[str], float]:
         with contextlib.suppress(ValueError):
             if low <= kind(text) <= high:
                 return kind(text)
-        raise argparse.ArgumentTypeError(f"must be {kind.__name__} from {low:g} to {high:g}, not {text!r}")
+        raise argparse.ArgumentTypeError(f"must be {kind.__name__} from {low:.10g} to {high:.10g}, not {text!r}")
 
     return convert
 

@@ -31,13 +31,13 @@ from diffratio_mod import DiT, InputError
 from sample import Parser, number, pick_device, read_checkpoint, replace_file, run_command, sampling_flops
 from train_cifar import fill_defaults, load_data, make_parser, start_run, train
 
-FIXED = ("shuffled", "reversed", "linear", "random router", "frozen router", "learned table")
+FIXED = ("shuffled", "reversed", "linear", "random tokens", "frozen router", "learned table")
 TRAINING_FREE = ("merging", "random dropping")
 ARMS = ("dense", "layer-timestep", "uniform", "layer", *FIXED, "two-branch", "pruned", *TRAINING_FREE)
 KINDS = {
     "two-branch": rivals.TwoBranchLayer,
     "merging": rivals.MergedLayer,
-    "random router": rivals.RandomLayer,
+    "random tokens": rivals.RandomLayer,
     "random dropping": rivals.RandomLayer,
 }
 
