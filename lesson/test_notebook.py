@@ -3,7 +3,8 @@
 Executing it needs nbformat, nbclient, ipykernel and matplotlib; where they are missing, only the kept file is looked
 at. To make the kept outputs anew:
 
-    jupyter nbconvert --to notebook --execute --coalesce-streams --inplace lesson/notebook.ipynb
+    jupyter nbconvert --to notebook --execute --ExecutePreprocessor.record_timing=False --inplace lesson/notebook.ipynb
+    jupyter nbconvert --coalesce-streams lesson/notebook.ipynb
 """
 
 import copy
