@@ -1498,8 +1498,9 @@ def test_a_run_equals_the_reference_step_by_step_across_the_switch_to_routing(mo
             line = dict(run.metrics[-1])
             np.testing.assert_allclose(line.pop("ratios"), expected.model.ratios.detach(), atol=6e-5)
             assert line.pop("seconds") >= 0
-            assert line.pop("loss_by_region") == pytest.approx(wanted.pop("loss_by_region"), rel=1e-4)
-            assert line == pytest.approx(wanted, rel=1e-4)
+            # Not closer: Muon's bfloat16 rounds differently on different processors.
+            assert line.pop("loss_by_region") == pytest.approx(wanted.pop("loss_by_region"), rel=1e-3)
+            assert line == pytest.approx(wanted, rel=1e-3)
             for name, value in expected.model.named_parameters():
                 assert_nearly_equal(name, run.model.get_parameter(name), value)
                 assert_nearly_equal(name, run.ema.get_parameter(name), expected.averaged[name])
