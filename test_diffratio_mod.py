@@ -1472,8 +1472,8 @@ def assert_nearly_equal(name: str, value: torch.Tensor, expected: torch.Tensor) 
     if name.endswith("caption_kv.bias"):
         compared[:16] = False
     difference = (value - expected)[compared].abs().mean()
-    # Muon computes in bfloat16, and turns the last bit of a gradient into a difference that is seen.
-    tolerance = 3e-4 if ".layer." in name and name.endswith("weight") else 5e-6
+    # Muon computes in bfloat16: it turns the last bit of a gradient into a difference that is seen, by processor.
+    tolerance = 3e-4 if ".layer." in name and name.endswith("weight") else 5e-5
     assert difference < tolerance, f"{name} differs by {difference}"
 
 
