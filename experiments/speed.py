@@ -1,7 +1,7 @@
 """Seconds against FLOPs: sampling with dense, uniform and learned tables, token merging, and a training step.
 
     pip install tomesd
-    python experiments/speed.py --rounds 3                     # 9 minutes on two CPU cores
+    python experiments/speed.py --rounds 3                     # 8 minutes on two CPU cores
     python experiments/speed.py --rounds 3 --compile           # with training steps whose loss is compiled, too
     python experiments/speed.py --device cuda --amp --batch-scale 8
 
