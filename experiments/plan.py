@@ -1,6 +1,6 @@
 """What a training of the large models asks for, and what routing saves in sampling, on a CPU with random weights.
 
-    python experiments/plan.py --model pixart-sigma                      # FLOPs and memory of a training, two minutes
+    python experiments/plan.py --model pixart-sigma                      # FLOPs and memory of a training, a minute
     python experiments/plan.py --model pixart-sigma --time --layers 4    # what routing saves of both, half a minute
 
 No weights are downloaded. PixArt-Sigma takes 512 pixels (1,024 tokens), DiT-XL/2 256 (256 tokens).
